@@ -1,0 +1,121 @@
+"""Finds the momentum that an optimizer holds in its state."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Where Optax's states keep the running sum or mean of gradients: TraceState.trace and
+# ScaleByAdamState.mu, ScaleByLionState.mu, MuonState.mu, ...
+MOMENTUM_FIELDS = ("trace", "mu")
+
+
+def find_momentum(inner_state: optax.OptState, params: optax.Params) -> optax.Updates:
+    """The momentum inside an optimizer's state, as a tree like the parameters.
+
+    It is found by the field of an optimizer state that holds it, never by the name of
+    a parameter. An optimizer that splits its parameters (`optax.partition`, Muon) holds
+    several momenta that mask each other's parameters out; together they are one.
+    Parameters without any momentum, frozen ones for instance, get zeros.
+
+    Raises:
+      ValueError: if there is no momentum, or two for the same parameter.
+    """
+    found = list(_candidates(inner_state, params))
+    names = ", ".join(name for name, _ in found)
+    if not found:
+        raise ValueError(
+            "No momentum like the parameters was found in the optimizer's state "
+            f"(fields {' and '.join(MOMENTUM_FIELDS)} of {_state_names(inner_state)}). "
+            "Use an optimizer with momentum, for instance optax.sgd(learning_rate, "
+            "momentum=0.9), or say where it is: momentum_fn=lambda inner_state: ..."
+        )
+    leaves, treedef = jax.tree.flatten(params)
+    merged: list[Any] = [None] * len(leaves)
+    for _, momentum in found:
+        for i, leaf in enumerate(_leaf_by_leaf(momentum, params)):
+            if leaf is None:
+                continue
+            if merged[i] is not None:
+                raise ValueError(
+                    f"Several momenta were found in the optimizer's state: {names}. "
+                    "Choose one: momentum_fn=lambda inner_state: ..."
+                )
+            merged[i] = leaf
+    return jax.tree.unflatten(
+        treedef,
+        [
+            jnp.zeros_like(p) if m is None else m
+            for m, p in zip(merged, leaves, strict=True)
+        ],
+    )
+
+
+def is_like(tree: Any, params: optax.Params) -> bool:
+    """Whether `tree` is `params` in structure and shapes, but for what it masks out."""
+
+    def matches(leaf, param):
+        return _is_masked(leaf) or (
+            jax.tree_util.all_leaves([param]) and jnp.shape(leaf) == jnp.shape(param)
+        )
+
+    try:
+        same = jax.tree.map(matches, tree, params, is_leaf=_is_masked)
+    except (TypeError, ValueError):  # the trees' structures differ
+        return False
+    return jax.tree.all(same)
+
+
+def _candidates(
+    node: Any, params: optax.Params, path: str = ""
+) -> Iterator[tuple[str, Any]]:
+    # A tree like the parameters (a second moment, say) is never searched: what it calls
+    # "mu" is a parameter.
+    if is_like(node, params):
+        return
+    children, _ = jax.tree_util.tree_flatten_with_path(
+        node, is_leaf=lambda x: x is not node
+    )
+    for key_path, child in children:
+        if not key_path:  # an array
+            return
+        field = getattr(key_path[0], "name", None)
+        name = f"{path or type(node).__name__}{jax.tree_util.keystr(key_path)}"
+        if field in MOMENTUM_FIELDS and is_like(child, params):
+            yield name, child
+        else:
+            yield from _candidates(child, params, name)
+
+
+def _leaf_by_leaf(momentum: Any, params: optax.Params) -> list[Any]:
+    """The momentum's leaves, one for each of the parameters', None where masked."""
+    parts = jax.tree.map(
+        lambda m, p: [None] * len(jax.tree.leaves(p)) if _is_masked(m) else [m],
+        momentum,
+        params,
+        is_leaf=_is_masked,
+    )
+    nested = jax.tree.leaves(parts, is_leaf=lambda x: isinstance(x, list))
+    return [leaf for part in nested for leaf in part]
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _state_names(state: Any) -> str:
+    """The names of the NamedTuples that make up a state."""
+    names: list[str] = []
+
+    def visit(node):
+        if hasattr(node, "_fields"):
+            names.append(type(node).__name__)
+        children = jax.tree.leaves(node, is_leaf=lambda x: x is not node)
+        for child in children:
+            if child is not node:
+                visit(child)
+
+    visit(state)
+    return ", ".join(dict.fromkeys(names)) or type(state).__name__

@@ -1,0 +1,90 @@
+"""Hyper-parameters: checked when a transformation is built, scheduled when it runs."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# A schedule maps a step, counted from 0, to the value at that step.
+ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
+
+
+def check_real(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf
+) -> None:
+    """Raises ValueError unless `value` is one finite real number in [low, high].
+
+    A traced value passes: `optax.inject_hyperparams` builds the transformation anew
+    inside `jit`, where nothing is known about it but its type.
+    """
+    needed = f"{name} must be one finite real number"
+    if (low, high) != (-math.inf, math.inf):
+        needed += f" in [{low:g}, {high:g}]"
+    dtype = getattr(value, "dtype", None)
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if dtype is not None:
+        numeric = jnp.ndim(value) == 0 and (
+            jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+        )
+    if not numeric:
+        raise ValueError(f"{needed}, but {value!r} was given.")
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{needed}, but {value!r} was given.")
+
+
+def check_scalar_or_schedule(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a finite real number or a schedule."""
+    if not callable(value):
+        check_real(f"{name} (or a schedule step -> {name})", value)
+
+
+def check_integer(name: str, value: Any, low: int) -> None:
+    """Raises ValueError unless `value` is an integer of at least `low`."""
+    check_real(name, value, low)
+    if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        raise ValueError(f"{name} must be an integer, but {value!r} was given.")
+
+
+class ScheduleState(NamedTuple):
+    """State of a scheduled hyper-parameter.
+
+    Attributes:
+      step: int32 scalar, the step at which the schedule is read next.
+    """
+
+    step: jax.Array
+
+
+def init_schedule(value: ScalarOrSchedule) -> ScheduleState | optax.EmptyState:
+    """A counter where `value` is a schedule, nothing where it is a number."""
+    if callable(value):
+        return ScheduleState(step=jnp.zeros([], jnp.int32))
+    return optax.EmptyState()
+
+
+def read_schedule(
+    value: ScalarOrSchedule, state: Any, step: Any = None
+) -> tuple[Any, Any]:
+    """The value at this step, and the state for the next one.
+
+    `step` is the training step where a wrapper knows it: an `employ` does not run its
+    transformation on every step, and without it the schedule would only count the
+    steps that were employed.
+    """
+    if not callable(value):
+        return value, state
+    step = state.step if step is None else jnp.asarray(step, jnp.int32)
+    return value(step), ScheduleState(step=optax.safe_increment(step))
+
+
+def static_value(value: Any) -> float | None:
+    """The Python number that a hyper-parameter is for good, None if it may change.
+
+    An array may: `optax.inject_hyperparams` keeps its numbers as arrays in the state.
+    """
+    return float(value) if isinstance(value, int | float) else None

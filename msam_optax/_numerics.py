@@ -1,0 +1,61 @@
+"""Norms that do not overflow and tree arithmetic that keeps every leaf's dtype."""
+
+from functools import reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def statistics_dtype(tree: Any) -> jnp.dtype:
+    """The dtype of scalars kept about `tree`: float32, or float64 if a leaf is."""
+    dtype = reduce(
+        jnp.promote_types,
+        (jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)),
+        jnp.dtype(jnp.float32),
+    )
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            "Complex parameters were given, but sharpness-aware perturbations are "
+            "defined for real ones: hold the real and the imaginary part as two "
+            "parameters."
+        )
+    return dtype
+
+
+def sum_of_squares(tree: Any) -> jax.Array:
+    """Squared l2 norm over all leaves together.
+
+    Each leaf is cast to `statistics_dtype` before it is squared: in float16 already
+    the squares of a thousand entries of 100 add up to infinity.
+    """
+    dtype = statistics_dtype(tree)
+    squares = (jnp.sum(jnp.square(x.astype(dtype))) for x in _arrays(tree))
+    return sum(squares, start=jnp.zeros([], dtype))
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """Square root whose derivative at 0 is 0 and not infinite."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), x)
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """l2 norm over all leaves together, in `statistics_dtype`."""
+    return safe_sqrt(sum_of_squares(tree))
+
+
+def safe_divide(numerator: Any, denominator: jax.Array) -> jax.Array:
+    """Quotient that is 0 where the denominator is 0, in the denominator's dtype."""
+    nonzero = denominator != 0
+    quotient = jnp.where(nonzero, numerator / jnp.where(nonzero, denominator, 1), 0)
+    return quotient.astype(denominator.dtype)
+
+
+def scale(factor: Any, tree: Any) -> Any:
+    """factor · tree, each product formed in the wider dtype, then cast back."""
+    return jax.tree.map(lambda x: (factor * x).astype(jnp.result_type(x)), tree)
+
+
+def _arrays(tree: Any) -> list[jax.Array]:
+    return [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]

@@ -1,0 +1,142 @@
+"""Replaces the gradient at w by the gradient at a perturbed point w + epsilon."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msam_optax._numerics import global_norm, statistics_dtype
+from msam_optax.ascent import perturbation
+
+# combine(clean, perturbed) -> gradient
+Combine = Callable[[optax.Updates, optax.Updates], optax.Updates]
+
+
+class SharpnessAwareState(NamedTuple):
+    """State of `sharpness_aware_gradient`.
+
+    Attributes:
+      ascent_state: state of the ascent.
+      perturbation_norm: float32 scalar, l2 norm of the last epsilon.
+    """
+
+    ascent_state: optax.OptState
+    perturbation_norm: jax.Array
+
+
+def sharpness_aware_gradient(
+    ascent: optax.GradientTransformation,
+    combine: Combine | None = None,
+    second_order: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The gradient at the perturbed point, :math:`\nabla L(w + \varepsilon(w))`.
+
+    The updates that come in are the clean gradient :math:`g = \nabla L(w)`; the ascent
+    makes :math:`\varepsilon` of it, and one call of ``grad_fn`` gives
+
+    .. math::
+      \tilde g = \nabla L(w + \varepsilon), \qquad
+      \text{out} = \operatorname{combine}(g, \tilde g).
+
+    *Cost*: one extra gradient. *State*: the ascent's, and one scalar. *Position*:
+    first in a chain, since it replaces the gradient; weight decay before it would
+    steer the ascent and be lost from the step.
+
+    Args:
+      ascent: what makes epsilon of the gradient, for instance
+        :func:`msam_optax.normalized_ascent`.
+      combine: makes one gradient of the clean and the perturbed one, by default the
+        perturbed one.
+      second_order: differentiate through epsilon too, that is return the gradient of
+        :math:`w \mapsto L(w + \varepsilon(w))`, which costs three extra gradients.
+        The paper reports that it does worse.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` whose ``update`` needs ``params``
+      and the keyword ``grad_fn``, a function from params to the gradient of the same
+      loss on the same batch with the same random key as the updates.
+
+    Raises:
+      ValueError: in ``update``, if ``params`` or ``grad_fn`` is missing or ``grad_fn``
+        returns something else than a gradient like the updates.
+
+    >>> import jax, jax.numpy as jnp, msam_optax, optax
+    >>> grad_fn = jax.grad(lambda w: jnp.sum(w**4))
+    >>> tx = optax.chain(
+    ...     msam_optax.sharpness_aware_gradient(msam_optax.normalized_ascent(rho=0.1)),
+    ...     optax.sgd(0.1, momentum=0.9),
+    ... )
+    >>> params = jnp.array([1.0, 0.5])
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+    >>> print(optax.apply_updates(params, updates).round(3))
+    [0.469 0.446]
+
+    References:
+      Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
+      Generalization <https://arxiv.org/abs/2010.01412>`_, 2021. The authors' code
+      perturbs along each accelerator's own gradient; here that choice is ``grad_fn``'s.
+    """
+    ascent = optax.with_extra_args_support(ascent)
+
+    def init_fn(params):
+        return SharpnessAwareState(
+            ascent_state=ascent.init(params),
+            perturbation_norm=jnp.zeros([], statistics_dtype(params)),
+        )
+
+    def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
+        _check_arguments(params, grad_fn)
+
+        def ascend(clean, params):
+            return perturbation(ascent, clean, state.ascent_state, params, **extra_args)
+
+        epsilon, ascent_state = ascend(updates, params)
+        perturbed = grad_fn(optax.apply_updates(params, epsilon))
+        check_gradient(perturbed, updates)
+        if second_order:
+            # d/dw L(w + epsilon(w)) = (I + d epsilon/dw)^T grad L(w + epsilon)
+            _, vjp = jax.vjp(lambda w: ascend(grad_fn(w), w)[0], params)
+            (through_epsilon,) = vjp(perturbed)
+            perturbed = optax.tree.add(perturbed, through_epsilon)
+        gradient = perturbed if combine is None else combine(updates, perturbed)
+        norm = global_norm(epsilon).astype(state.perturbation_norm.dtype)
+        return gradient, SharpnessAwareState(ascent_state, norm)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_arguments(params: Any, grad_fn: Any) -> None:
+    if params is None:
+        raise ValueError(
+            "A sharpness-aware gradient is taken at params + epsilon, but params were "
+            "None: call update(updates, state, params, grad_fn=grad_fn)."
+        )
+    if not callable(grad_fn):
+        raise ValueError(
+            "A sharpness-aware gradient needs the keyword grad_fn, a function from "
+            f"params to gradients, but grad_fn={grad_fn!r} was given: call "
+            "update(updates, state, params, grad_fn=jax.grad(loss))."
+        )
+
+
+def check_gradient(gradient: Any, updates: Any) -> None:
+    """Raises ValueError unless `gradient` has the updates' tree, shapes and dtypes."""
+
+    def describe(tree):
+        return jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree)
+
+    given, needed = describe(gradient), describe(updates)
+    if jax.tree.flatten(given) != jax.tree.flatten(needed):
+        hint = (
+            " It returned a tuple: did you pass jax.value_and_grad, or a gradient with "
+            "has_aux=True? Return the gradient alone."
+            if isinstance(gradient, tuple) and not isinstance(updates, tuple)
+            else ""
+        )
+        raise ValueError(
+            f"grad_fn must return a gradient like the updates, {needed}, but it "
+            f"returned {given}.{hint}"
+        )

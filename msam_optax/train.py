@@ -1,0 +1,237 @@
+"""A training step for any model: one batch and one key for both gradients."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msam_optax._numerics import global_norm
+from msam_optax.employ import EmployState
+from msam_optax.momentum import perturbation_norm
+from msam_optax.sharpness_aware import SharpnessAwareState
+
+# loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux))
+LossFn = Callable[[Any, Any, Any, Any], tuple[jax.Array, tuple[Any, Any]]]
+Dispatch = Literal["auto", "in_graph", "host"]
+
+
+class TrainState(NamedTuple):
+    """What a training step changes.
+
+    Attributes:
+      params: parameters; with MSAM the perturbed ones, see `eval_params`.
+      opt_state: state of the optimizer.
+      model_state: what else the model changes, batch statistics for instance.
+    """
+
+    params: Any
+    opt_state: optax.OptState
+    model_state: Any = ()
+
+
+class StepMetrics(NamedTuple):
+    """What a training step tells.
+
+    Attributes:
+      loss: scalar, the clean loss of the batch, at the parameters before the step.
+      grad_norm: scalar, l2 norm of the clean gradient.
+      perturbation_norm: scalar, l2 norm of epsilon: SAM's on this step (0 where not
+        employed), MSAM's as it is on the parameters that the step returns.
+      employed: boolean scalar, whether this step took an extra gradient.
+      employed_fraction: scalar, the share of such steps so far.
+      aux: the loss function's own.
+    """
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    perturbation_norm: jax.Array
+    employed: jax.Array
+    employed_fraction: jax.Array
+    aux: Any
+
+
+TrainStep = Callable[[TrainState, Any, Any], tuple[TrainState, StepMetrics]]
+
+
+class _CleanPass(NamedTuple):
+    """Results of the first gradient: that on the batch at the parameters as given."""
+
+    loss: jax.Array
+    model_state: Any
+    aux: Any
+    grads: optax.Updates
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    dispatch: Dispatch = "auto",
+    donate: bool = True,
+) -> TrainStep:
+    """Builds the jitted training step of a loss and an optimizer.
+
+    Both gradients see the same batch and the same random key. The model's own state is
+    taken from the clean pass alone, and so are the loss and the auxiliary outputs.
+
+    An optimizer that employs its extra gradient on some steps only
+    (:func:`msam_optax.employ`) must really skip it on the others. *In graph*,
+    ``lax.cond`` does: right on GPU and TPU, and needed inside ``jit`` or ``scan``. On
+    CPU, though, XLA runs a convolution's gradient many times slower inside a ``cond``.
+    From the *host*, the step is two programs: the clean gradient with the policy's
+    decision, and, once that is read, an update compiled with or without the extra
+    gradient. Both ways cost 1 + f gradients for a fraction f of employed steps.
+
+    Args:
+      loss_fn: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state,
+        aux))``; aux is any tree of arrays. ``msam_optax.flax_linen.linen_loss`` makes
+        one of a Linen module.
+      optimizer: any Optax optimizer. It receives ``grad_fn`` and ``value`` as extra
+        arguments.
+      dispatch: "in_graph", "host", or "auto": from the host where the parameters are
+        on CPU and the step is not itself traced, in graph elsewhere.
+      donate: hand the state's memory to the new state. The state passed in can't be
+        used afterwards.
+
+    Returns:
+      ``step(state, batch, key) -> (state, metrics)`` with a :class:`TrainState` and
+      :class:`StepMetrics`. The key may be None where the loss draws nothing.
+
+    Raises:
+      ValueError: if dispatch is none of the three, or is "host" where the step is
+        traced or the optimizer employs in several places.
+
+    >>> import jax, jax.numpy as jnp, msam_optax, optax
+    >>> def loss_fn(params, model_state, batch, key):
+    ...     return jnp.mean((batch @ params) ** 2), (model_state, {})
+    >>> tx = msam_optax.ae_sam(optax.sgd(0.1, momentum=0.9), rho=0.1, total_steps=10)
+    >>> step = msam_optax.make_train_step(loss_fn, tx)
+    >>> params = jnp.ones(3)
+    >>> state = msam_optax.TrainState(params, tx.init(params))
+    >>> for _ in range(10):
+    ...     state, metrics = step(state, jnp.eye(3), None)
+    >>> print(f"{metrics.loss:.4f}, SAM on {metrics.employed_fraction:.0%}")
+    0.1927, SAM on 60%
+    """
+    if dispatch not in ("auto", "in_graph", "host"):
+        raise ValueError(
+            f'dispatch must be "auto", "in_graph" or "host", not {dispatch!r}.'
+        )
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def clean_pass(state, batch, key):
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (model_state, aux)), grads = value_and_grad(
+            state.params, state.model_state, batch, key
+        )
+        return _CleanPass(loss, model_state, aux, grads)
+
+    def finish(state, clean, batch, key, employed=None):
+        def grad_fn(params):
+            return jax.grad(loss_fn, has_aux=True)(
+                params, state.model_state, batch, key
+            )[0]
+
+        branch = {} if employed is None else {"employed": employed}
+        updates, opt_state = optimizer.update(
+            clean.grads,
+            state.opt_state,
+            state.params,
+            grad_fn=grad_fn,
+            value=clean.loss,
+            **branch,
+        )
+        params = optax.apply_updates(state.params, updates)
+        new_state = TrainState(params, opt_state, clean.model_state)
+        return new_state, _metrics(new_state, clean)
+
+    def whole_step(state, batch, key):
+        return finish(state, clean_pass(state, batch, key), batch, key)
+
+    def decide(state, batch, key):
+        clean = clean_pass(state, batch, key)
+        # Of this update only the decision is returned: XLA drops all else.
+        new_state, _ = finish(state, clean, batch, key, employed=False)
+        (employ_state,) = _find(new_state.opt_state, EmployState)
+        return clean, employ_state.employed
+
+    donated = (0,) if donate else ()
+    in_graph = jax.jit(whole_step, donate_argnums=donated)
+    decide = jax.jit(decide)
+    finish = jax.jit(finish, static_argnames="employed", donate_argnums=donated)
+
+    def step(state, batch, key):
+        if not _from_host(dispatch, state):
+            return in_graph(state, batch, key)
+        clean, decision = decide(state, batch, key)
+        return finish(state, clean, batch, key, employed=bool(decision))
+
+    return step
+
+
+def _from_host(dispatch: Dispatch, state: TrainState) -> bool:
+    """Whether to dispatch from the host, as asked for or as fits."""
+    places = len(_find(state.opt_state, EmployState))
+    leaves = jax.tree.leaves((state.params, state.opt_state))
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    if dispatch == "host" and traced:
+        raise ValueError(
+            'dispatch="host" reads each decision on the host, but the step was called '
+            'inside jit, scan or another transformation: use dispatch="in_graph".'
+        )
+    if dispatch == "host" and places > 1:
+        raise ValueError(
+            f'dispatch="host" takes one decision a step, but the optimizer employs in '
+            f'{places} places: use dispatch="in_graph", or one policy for all.'
+        )
+    if dispatch == "in_graph" or traced or places != 1:
+        return False
+    return dispatch == "host" or _platform(leaves) == "cpu"
+
+
+def _platform(leaves: list[Any]) -> str:
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array):
+            return next(iter(leaf.devices())).platform
+    return jax.default_backend()
+
+
+def _metrics(state: TrainState, clean: _CleanPass) -> StepMetrics:
+    ascents = _find(state.opt_state, SharpnessAwareState)
+    employs = _find(state.opt_state, EmployState)
+    if employs:
+        employed = jnp.any(jnp.stack([e.employed for e in employs]))
+        fraction = jnp.max(
+            jnp.stack([e.employed_steps / jnp.maximum(e.step, 1) for e in employs])
+        )
+    else:
+        employed = jnp.asarray(bool(ascents))
+        fraction = employed.astype(jnp.float32)
+    norm = perturbation_norm(state.opt_state, state.params)
+    for ascent in ascents:
+        norm = jnp.hypot(norm, jnp.where(employed, ascent.perturbation_norm, 0))
+    return StepMetrics(
+        loss=clean.loss,
+        grad_norm=global_norm(clean.grads),
+        perturbation_norm=norm,
+        employed=employed,
+        employed_fraction=fraction,
+        aux=clean.aux,
+    )
+
+
+def _find(state: optax.OptState, kind: type) -> list[Any]:
+    """All states of one kind inside an optimizer's state, outermost first."""
+    found = []
+
+    def visit(node):
+        if isinstance(node, kind):
+            found.append(node)
+        for child in jax.tree.leaves(node, is_leaf=lambda x: x is not node):
+            if child is not node:
+                visit(child)
+
+    visit(state)
+    return found

@@ -1,0 +1,1 @@
+"""The methods as plain numpy recursions: what the library is tested against."""
