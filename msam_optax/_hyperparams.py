@@ -13,16 +13,22 @@ ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
 
 
 def check_real(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    excluded: float | None = None,
 ) -> None:
     """Raises ValueError unless `value` is one finite real number in [low, high].
 
-    A traced value passes: `optax.inject_hyperparams` builds the transformation anew
-    inside `jit`, where nothing is known about it but its type.
+    One end of the interval may be excluded. A traced value passes:
+    `optax.inject_hyperparams` builds the transformation anew inside `jit`, where
+    nothing is known about the value but its type.
     """
     needed = f"{name} must be one finite real number"
     if (low, high) != (-math.inf, math.inf):
-        needed += f" in [{low:g}, {high:g}]"
+        left, right = "(" if excluded == low else "[", ")" if excluded == high else "]"
+        needed += f" in {left}{low:g}, {high:g}{right}"
     dtype = getattr(value, "dtype", None)
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
     if dtype is not None:
@@ -33,7 +39,7 @@ def check_real(
         raise ValueError(f"{needed}, but {value!r} was given.")
     if isinstance(value, jax.core.Tracer):
         return
-    if not (math.isfinite(value) and low <= value <= high):
+    if not (math.isfinite(value) and low <= value <= high and value != excluded):
         raise ValueError(f"{needed}, but {value!r} was given.")
 
 

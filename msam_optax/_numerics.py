@@ -57,5 +57,27 @@ def scale(factor: Any, tree: Any) -> Any:
     return jax.tree.map(lambda x: (factor * x).astype(jnp.result_type(x)), tree)
 
 
+def add_scaled(tree: Any, factor: Any, other: Any) -> Any:
+    """tree + factor · other, each leaf formed in the wider dtype, then cast back."""
+    return jax.tree.map(
+        lambda x, y: (x + factor * y).astype(jnp.result_type(x)), tree, other
+    )
+
+
+def cast_like(tree: Any, other: Any) -> Any:
+    """tree, each leaf in the dtype of the other's."""
+    return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, other)
+
+
+def vdot(tree: Any, other: Any) -> jax.Array:
+    """Inner product over all leaves together, in `statistics_dtype`."""
+    dtype = statistics_dtype((tree, other))
+    products = (
+        jnp.sum(x.astype(dtype) * y.astype(dtype))
+        for x, y in zip(_arrays(tree), _arrays(other), strict=True)
+    )
+    return sum(products, start=jnp.zeros([], dtype))
+
+
 def _arrays(tree: Any) -> list[jax.Array]:
     return [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]

@@ -1,152 +1,20 @@
-"""The methods by their names, each assembled from the blocks in a few lines."""
+"""The methods by their names, each assembled from the blocks in a few lines.
+
+Methods with a block of their own stand beside it: `msam`, `looksam`, `esam`,
+`friendly_sam` and `wsam` in the files of those names.
+"""
 
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 
-from msam_optax._hyperparams import ScalarOrSchedule, check_real, static_value
-from msam_optax.ascent import adaptive_ascent, normalized_ascent
+from msam_optax._hyperparams import ScalarOrSchedule
+from msam_optax.ascent import fisher_ascent, normalized_ascent
+from msam_optax.ascent_scaled import adaptive_ascent
+from msam_optax.combine import interpolate, surrogate_gap
 from msam_optax.employ import employ
-from msam_optax.momentum import scaled_momentum_perturbation
 from msam_optax.policy import adaptive, bernoulli
 from msam_optax.sharpness_aware import sharpness_aware_gradient
-
-
-def msam(
-    learning_rate: ScalarOrSchedule,
-    momentum: float = 0.9,
-    rho: ScalarOrSchedule = 0.3,
-    nesterov: bool = False,
-    accumulator_dtype: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Momentum-SAM with SGD: a drop-in replacement of ``optax.sgd``.
-
-    .. math::
-      \begin{align*}
-        g &= \nabla L_B(\tilde w_t), \qquad v_{t+1} = \mu v_t + g, \qquad
-          w_{t+1} = w_t - \eta v_{t+1}, \\
-        \tilde w_{t+1} &= w_{t+1} - \rho\, v_{t+1} / \|v_{t+1}\| .
-      \end{align*}
-
-    The parameters in use are :math:`\tilde w`; evaluate and save
-    ``msam_optax.eval_params(state, params)``.
-
-    *Cost*: no extra gradient. *State*: that of ``optax.sgd`` and one scalar (two where
-    rho is a schedule). *Position*: last in a chain. ``optax.add_decayed_weights``
-    before it decays the perturbed parameters, as the authors do.
-
-    It equals ``momentum_perturbation(optax.sgd(learning_rate, momentum), rho)``, state
-    and all, but moves fewer bytes.
-
-    Args:
-      learning_rate: eta; a float or a schedule.
-      momentum: mu, decay of the momentum.
-      rho: length of the perturbation, in the unit of the parameters; a float or a
-        schedule. Search on a log grid around ten times SAM's.
-      nesterov: use Nesterov's momentum for the step.
-      accumulator_dtype: dtype of the momentum, by default the gradient's.
-
-    Returns:
-      A :class:`optax.GradientTransformationExtraArgs` that needs ``params``.
-
-    Raises:
-      ValueError: if momentum is not a finite number, or rho neither that nor a
-        schedule.
-
-    >>> import jax, jax.numpy as jnp, msam_optax, optax
-    >>> tx = msam_optax.msam(learning_rate=0.1, momentum=0.9, rho=0.3)
-    >>> params = jnp.array([1.0, 2.0])
-    >>> state = tx.init(params)
-    >>> for _ in range(20):
-    ...     grads = jax.grad(lambda w: jnp.sum(w**2))(params)
-    ...     updates, state = tx.update(grads, state, params)
-    ...     params = optax.apply_updates(params, updates)
-    >>> weights = msam_optax.eval_params(state, params)
-
-    References:
-      Becker, Altrock and Risse, `Momentum-SAM: Sharpness Aware Minimization without
-      Computational Overhead <https://arxiv.org/abs/2401.12033>`_, 2024. See
-      :func:`msam_optax.momentum_perturbation` for how it differs from their code.
-    """
-    check_real("momentum", momentum)
-    inner = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
-    return scaled_momentum_perturbation(inner, rho, _previous(momentum, gain=1.0))
-
-
-def adamw_msam(
-    learning_rate: ScalarOrSchedule,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 1e-4,
-    mask: Any = None,
-    rho: ScalarOrSchedule = 1.0,
-    *,
-    eps_root: float = 0.0,
-    mu_dtype: Any = None,
-    nesterov: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Momentum-SAM with AdamW: a drop-in replacement of ``optax.adamw``.
-
-    AdamW steps from the unperturbed :math:`w` with the gradient at
-    :math:`\tilde w = w - \rho\, m / \|m\|`, m its raw first moment. The parameters in
-    use are :math:`\tilde w`; evaluate and save
-    ``msam_optax.eval_params(state, params)``.
-
-    *Cost*: no extra gradient. *State*: that of ``optax.adamw`` and one scalar (two
-    where rho is a schedule). *Position*: last in a chain.
-
-    It equals ``momentum_perturbation(optax.adamw(...), rho)``, state and all, but moves
-    fewer bytes. The authors decay after Adam's step instead,
-    :math:`(w - \eta\,\hat m/(\sqrt{\hat v}+e))(1 - \eta\lambda)`, which is this with
-    the learning rate :math:`\eta(1-\eta\lambda)` and the weight decay
-    :math:`\lambda/(1-\eta\lambda)`.
-
-    Args:
-      learning_rate: eta; a float or a schedule.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added outside the square root.
-      weight_decay: lambda, multiplied with the learning rate.
-      mask: which parameters decay; a tree of booleans or a function of the parameters.
-      rho: length of the perturbation, in the unit of the parameters; a float or a
-        schedule.
-      eps_root: added inside the square root.
-      mu_dtype: dtype of the first moment, by default the gradient's.
-      nesterov: use Nesterov's momentum for the step.
-
-    Returns:
-      A :class:`optax.GradientTransformationExtraArgs` that needs ``params``.
-
-    Raises:
-      ValueError: if b1 is not a finite number, or rho neither that nor a schedule.
-
-    >>> import jax, jax.numpy as jnp, msam_optax, optax
-    >>> tx = msam_optax.adamw_msam(learning_rate=1e-3, weight_decay=0.1, rho=1.0)
-    >>> params = jnp.array([1.0, 2.0])
-    >>> state = tx.init(params)
-    >>> grads = jax.grad(lambda w: jnp.sum(w**2))(params)
-    >>> updates, state = tx.update(grads, state, params)
-    >>> params = optax.apply_updates(params, updates)
-
-    References:
-      Becker, Altrock and Risse, `Momentum-SAM: Sharpness Aware Minimization without
-      Computational Overhead <https://arxiv.org/abs/2401.12033>`_, 2024.
-    """
-    check_real("b1", b1)
-    inner = optax.adamw(
-        learning_rate,
-        b1,
-        b2,
-        eps,
-        eps_root,
-        mu_dtype,
-        weight_decay,
-        mask,
-        nesterov=nesterov,
-    )
-    return scaled_momentum_perturbation(inner, rho, _previous(b1, gain=1 - b1))
 
 
 def sam(
@@ -211,6 +79,101 @@ def asam(
     """
     ascent = adaptive_ascent(rho, eta, mask)
     return optax.chain(sharpness_aware_gradient(ascent), optimizer)
+
+
+def fisher_sam(
+    optimizer: optax.GradientTransformation,
+    rho: ScalarOrSchedule = 0.05,
+    eta: float = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    """SAM in the ellipsoid of an empirical Fisher information.
+
+    *Cost*: one extra gradient a step. *State*: the optimizer's, and one scalar (two
+    where rho is a schedule). *Position*: ``update`` needs ``params`` and ``grad_fn``,
+    with gradients of the unscaled loss.
+
+    Args:
+      optimizer: the whole base optimizer, weight decay included.
+      rho: radius in the Fisher metric; a float or a schedule.
+      eta: see :func:`msam_optax.fisher_ascent`.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`; its errors are those of
+      :func:`msam_optax.sharpness_aware_gradient` and ``fisher_ascent``.
+
+    >>> import msam_optax, optax
+    >>> tx = msam_optax.fisher_sam(optax.sgd(0.1, momentum=0.9), rho=0.1)
+
+    References:
+      Kim et al., `Fisher SAM: Information Geometry and Sharpness Aware Minimisation
+      <https://arxiv.org/abs/2206.04920>`_, 2022.
+    """
+    return optax.chain(sharpness_aware_gradient(fisher_ascent(rho, eta)), optimizer)
+
+
+def gsam(
+    optimizer: optax.GradientTransformation,
+    rho: ScalarOrSchedule = 0.05,
+    alpha: float = 0.4,
+) -> optax.GradientTransformationExtraArgs:
+    """GSAM: minimises the perturbed loss and its gap to the clean one.
+
+    *Cost*: one extra gradient a step. *State*: the optimizer's, and one scalar (two
+    where rho is a schedule). *Position*: ``update`` needs ``params`` and ``grad_fn``.
+
+    Args:
+      optimizer: the whole base optimizer, weight decay included.
+      rho: radius; a float or a schedule. The paper's follows the learning rate:
+        :func:`msam_optax.rho_like_learning_rate`.
+      alpha: weight of the gap, see :func:`msam_optax.surrogate_gap`.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`; its errors are those of
+      :func:`msam_optax.sharpness_aware_gradient` and ``surrogate_gap``.
+
+    >>> import msam_optax, optax
+    >>> learning_rate = optax.cosine_decay_schedule(0.1, 1000)
+    >>> rho = msam_optax.rho_like_learning_rate(
+    ...     learning_rate, rho_max=0.2, rho_min=0.02, learning_rate_max=0.1
+    ... )
+    >>> tx = msam_optax.gsam(optax.sgd(learning_rate, momentum=0.9), rho, alpha=0.4)
+
+    References:
+      Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
+      <https://arxiv.org/abs/2203.08065>`_, ICLR 2022.
+    """
+    transform = sharpness_aware_gradient(normalized_ascent(rho), surrogate_gap(alpha))
+    return optax.chain(transform, optimizer)
+
+
+def gradient_norm_penalty(
+    optimizer: optax.GradientTransformation,
+    rho: ScalarOrSchedule = 0.1,
+    alpha: float = 0.8,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Penalises the gradient's norm: steps with :math:`(1-\alpha) g + \alpha\tilde g`.
+
+    *Cost*: one extra gradient a step. *State*: the optimizer's, and one scalar (two
+    where rho is a schedule). *Position*: ``update`` needs ``params`` and ``grad_fn``.
+
+    Args:
+      optimizer: the whole base optimizer, weight decay included.
+      rho: radius, the paper's r; a float or a schedule.
+      alpha: the penalty's coefficient over the radius.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`; its errors are those of
+      :func:`msam_optax.sharpness_aware_gradient` and ``interpolate``.
+
+    >>> import msam_optax, optax
+    >>> tx = msam_optax.gradient_norm_penalty(optax.sgd(0.1, momentum=0.9))
+
+    References:
+      Zhao et al., `Penalizing Gradient Norm for Efficiently Improving Generalization in
+      Deep Learning <https://arxiv.org/abs/2202.03599>`_, ICML 2022.
+    """
+    transform = sharpness_aware_gradient(normalized_ascent(rho), interpolate(alpha))
+    return optax.chain(transform, optimizer)
 
 
 def ss_sam(
@@ -284,21 +247,3 @@ def ae_sam(
     policy = adaptive(total_steps, delta, lambda_1, lambda_2)
     transform = sharpness_aware_gradient(normalized_ascent(rho))
     return optax.chain(employ(policy, transform), optimizer)
-
-
-def _previous(decay: Any, gain: Any):
-    """The recursion v' = decay v + gain g solved for v, leaf by leaf.
-
-    Rounding is amplified by 1/decay, and by the eps of the momentum's dtype: where
-    either is large, the old momentum itself serves, at the cost of keeping it.
-    """
-    known = static_value(decay)
-    if known is None or known < 0.1:
-        return None
-
-    def previous(new_momentum, update, momentum):
-        if jnp.finfo(new_momentum.dtype).bits < 32:
-            return momentum
-        return ((new_momentum - gain * update) / decay).astype(momentum.dtype)
-
-    return previous

@@ -27,7 +27,15 @@ from msam_optax._hyperparams import (
     init_schedule,
     read_schedule,
 )
-from msam_optax._numerics import global_norm, safe_divide, scale, statistics_dtype
+from msam_optax._numerics import (
+    cast_like,
+    global_norm,
+    safe_divide,
+    safe_sqrt,
+    scale,
+    statistics_dtype,
+    vdot,
+)
 
 # perturb(rho, direction, params) -> epsilon
 Perturb = Callable[[Any, optax.Updates, Any], optax.Updates]
@@ -89,83 +97,7 @@ def normalized_ascent(
             return scale(safe_divide(rho, global_norm(direction)), direction)
         return scale(rho, _dual_direction(direction, p))
 
-    return _ascent(rho, perturb)
-
-
-def adaptive_ascent(
-    rho: ScalarOrSchedule, eta: float = 0.0, mask: Any = None
-) -> optax.GradientTransformationExtraArgs:
-    r"""Ascent whose radius scales with each weight, so node rescaling leaves it alone.
-
-    .. math::
-      \varepsilon = \rho\,T^2 g / \|T g\|, \qquad
-      T = \begin{cases} |w| + \eta & \text{where mask} \\ 1 & \text{elsewhere,}
-      \end{cases}
-
-    *Cost*: one reduction over the direction. *State*: none, or one int32 where rho is
-    a schedule. *Position*: inside ``sharpness_aware_gradient`` or
-    ``momentum_perturbation``.
-
-    Args:
-      rho: radius, relative to the weights' size where T is adaptive; a float or a
-        schedule. Larger than SAM's by about ten.
-      eta: added to :math:`|w|`, so that zero weights move too.
-      mask: tree of booleans like the parameters (or a prefix), or a function of the
-        parameters that returns one: where T is adaptive. The default is the tensors of
-        at least two dimensions, that is weights, and not biases and scales.
-
-    Returns:
-      A :class:`optax.GradientTransformationExtraArgs` that needs ``params``.
-
-    Raises:
-      ValueError: if rho or eta is not a finite number (rho may be a schedule), eta is
-        negative, or ``params`` are missing from ``update``.
-
-    >>> import jax.numpy as jnp, msam_optax
-    >>> ascent = msam_optax.adaptive_ascent(rho=0.5)
-    >>> params, direction = jnp.array([[2.0, 0.0]]), jnp.array([[1.0, 1.0]])
-    >>> epsilon, _ = ascent.update(direction, ascent.init(params), params)
-    >>> print(epsilon)
-    [[1. 0.]]
-
-    References:
-      Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization
-      <https://arxiv.org/abs/2102.11600>`_, 2021. The authors' PyTorch code chooses
-      T by parameter name; a widely used port takes :math:`|w|` everywhere, which is
-      ``adaptive_ascent(rho, mask=lambda params: True)``.
-    """
-    check_real("eta", eta, low=0.0)
-
-    def perturb(rho, direction, params):
-        if params is None:
-            raise ValueError(
-                "adaptive_ascent scales with the weights, but params were None: call "
-                "update(direction, state, params)."
-            )
-        dtype = statistics_dtype(params)
-        chosen = mask(params) if callable(mask) else mask
-        if chosen is None:
-            chosen = jax.tree.map(lambda w: jnp.ndim(w) >= 2, params)
-
-        def times_t(x, is_weight, w):
-            size = (jnp.abs(w) + eta).astype(dtype) if is_weight else 1
-            return x.astype(dtype) * size
-
-        def times_t_tree(tree):
-            return jax.tree.map(
-                lambda m, *subtrees: jax.tree.map(
-                    lambda x, w: times_t(x, m, w), *subtrees
-                ),
-                chosen,
-                tree,
-                params,
-            )
-
-        scaled = times_t_tree(direction)  # T g
-        epsilon = scale(safe_divide(rho, global_norm(scaled)), times_t_tree(scaled))
-        return jax.tree.map(lambda e, g: e.astype(g.dtype), epsilon, direction)
-
-    return _ascent(rho, perturb)
+    return make_ascent(rho, perturb)
 
 
 def unnormalized_ascent(
@@ -200,7 +132,60 @@ def unnormalized_ascent(
       Minimization <https://arxiv.org/abs/2206.06232>`_, 2022; Becker et al.,
       `Momentum-SAM <https://arxiv.org/abs/2401.12033>`_, 2024, appendix A.2.
     """
-    return _ascent(rho, lambda rho, direction, params: scale(rho, direction))
+    return make_ascent(rho, lambda rho, direction, params: scale(rho, direction))
+
+
+def fisher_ascent(
+    rho: ScalarOrSchedule, eta: float = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    r"""Ascent in the ellipsoid of an empirical Fisher information.
+
+    With the diagonal :math:`F = 1 + \eta\, g^2`,
+
+    .. math::
+      \varepsilon = \rho\, F^{-1} g \big/ \sqrt{g^\top F^{-1} g} .
+
+    F, and so epsilon, depends on the scale of the loss: hand it unscaled gradients.
+
+    *Cost*: one reduction over the direction. *State*: none, or one int32 where rho is
+    a schedule. *Position*: inside ``sharpness_aware_gradient`` or
+    ``momentum_perturbation``.
+
+    Args:
+      rho: radius in the metric F; a float or a schedule.
+      eta: weight of the squared gradient against the identity; 0 gives SAM. The
+        default is ours: tune it.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: if rho is neither a finite number nor a schedule, or eta is negative.
+
+    >>> import jax.numpy as jnp, msam_optax
+    >>> ascent = msam_optax.fisher_ascent(rho=0.5, eta=0.0)
+    >>> direction = jnp.array([3.0, 4.0])
+    >>> epsilon, _ = ascent.update(direction, ascent.init(direction))
+    >>> print(epsilon)
+    [0.3 0.4]
+
+    References:
+      Kim et al., `Fisher SAM: Information Geometry and Sharpness Aware Minimisation
+      <https://arxiv.org/abs/2206.04920>`_, 2022.
+    """
+    check_real("eta", eta, low=0.0)
+
+    def perturb(rho, direction, params):
+        del params
+        dtype = statistics_dtype(direction)
+        natural = jax.tree.map(
+            lambda g: g.astype(dtype) / (1 + eta * jnp.square(g.astype(dtype))),
+            direction,
+        )
+        length = safe_sqrt(vdot(direction, natural))
+        return cast_like(scale(safe_divide(rho, length), natural), direction)
+
+    return make_ascent(rho, perturb)
 
 
 def perturbation(
@@ -222,9 +207,10 @@ def perturbation(
     return epsilon, state
 
 
-def _ascent(
+def make_ascent(
     rho: ScalarOrSchedule, perturb: Perturb
 ) -> optax.GradientTransformationExtraArgs:
+    """An ascent without state of its own: `perturb` once rho is read."""
     check_scalar_or_schedule("rho", rho)
 
     def init_fn(params):

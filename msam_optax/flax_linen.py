@@ -26,7 +26,8 @@ def linen_loss(
 
     Args:
       model: a Linen module.
-      loss: ``loss(outputs, batch) -> (scalar, aux)``.
+      loss: ``loss(outputs, batch) -> (loss, aux)``; the loss is a scalar, or one loss
+        for each example.
       inputs: what of the batch the module is called with.
       rngs: names of the module's random streams.
       **apply_kwargs: passed to the module, for instance ``train=True``.

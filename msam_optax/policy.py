@@ -3,7 +3,8 @@ r"""Policies: on which steps a transformation is employed.
 A :class:`Policy` is a pair of pure functions, ``init(params) -> state`` and
 ``decide(updates, state, params, **extra_args) -> (decision, state)`` with a boolean
 scalar decision. :func:`msam_optax.employ` asks it on every step, so that running
-statistics see every gradient. Write your own as a function that returns a ``Policy``.
+statistics see every gradient. Policies combine, ``between(500) & adaptive(1000)``;
+write your own as a function that returns a ``Policy``.
 """
 
 from collections.abc import Callable
@@ -24,10 +25,19 @@ class Policy(NamedTuple):
       init: ``init(params) -> state``, a tree of arrays.
       decide: ``decide(updates, state, params, **extra_args) -> (decision, state)``,
         called once a step; the decision is a boolean scalar array.
+
+    Two policies combine to one with ``&`` and ``|``. Both decide on every step, so
+    that the statistics of one see the gradients that the other rules out.
     """
 
     init: Callable[[Any], Any]
     decide: Callable[..., tuple[jax.Array, Any]]
+
+    def __and__(self, other: "Policy") -> "Policy":
+        return _combine(self, other, jnp.logical_and)
+
+    def __or__(self, other: "Policy") -> "Policy":
+        return _combine(self, other, jnp.logical_or)
 
 
 class StepState(NamedTuple):
@@ -52,6 +62,20 @@ class AdaptiveState(NamedTuple):
     step: jax.Array
     mean: jax.Array
     variance: jax.Array
+
+
+def _combine(
+    one: Policy, other: Policy, rule: Callable[[jax.Array, jax.Array], jax.Array]
+) -> Policy:
+    def init(params):
+        return one.init(params), other.init(params)
+
+    def decide(updates, state, params=None, **extra_args):
+        first, first_state = one.decide(updates, state[0], params, **extra_args)
+        second, second_state = other.decide(updates, state[1], params, **extra_args)
+        return rule(first, second), (first_state, second_state)
+
+    return Policy(init, decide)
 
 
 def _at_steps(chosen: Callable[[jax.Array], Any]) -> Policy:
@@ -185,11 +209,7 @@ def adaptive(
       <https://arxiv.org/abs/2304.14647>`_, ICLR 2023.
     """
     check_integer("total_steps", total_steps, low=1)
-    check_real("delta", delta, low=0.0, high=1.0)
-    if not isinstance(delta, jax.core.Tracer) and delta == 1:
-        raise ValueError(
-            "delta must lie in [0, 1): at 1 the statistics would never change."
-        )
+    check_real("delta", delta, low=0.0, high=1.0, excluded=1.0)
     check_real("lambda_1", lambda_1)
     check_real("lambda_2", lambda_2)
     check_real("initial_mean", initial_mean)

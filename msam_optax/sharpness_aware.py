@@ -88,14 +88,15 @@ def sharpness_aware_gradient(
         )
 
     def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
-        _check_arguments(params, grad_fn)
+        check_params(params)
+        _check_grad_fn(grad_fn)
 
         def ascend(clean, params):
             return perturbation(ascent, clean, state.ascent_state, params, **extra_args)
 
         epsilon, ascent_state = ascend(updates, params)
         perturbed = grad_fn(optax.apply_updates(params, epsilon))
-        check_gradient(perturbed, updates)
+        _check_gradient(perturbed, updates)
         if second_order:
             # d/dw L(w + epsilon(w)) = (I + d epsilon/dw)^T grad L(w + epsilon)
             _, vjp = jax.vjp(lambda w: ascend(grad_fn(w), w)[0], params)
@@ -108,12 +109,16 @@ def sharpness_aware_gradient(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_arguments(params: Any, grad_fn: Any) -> None:
+def check_params(params: Any) -> None:
+    """Raises ValueError if the parameters to perturb are missing."""
     if params is None:
         raise ValueError(
             "A sharpness-aware gradient is taken at params + epsilon, but params were "
             "None: call update(updates, state, params, grad_fn=grad_fn)."
         )
+
+
+def _check_grad_fn(grad_fn: Any) -> None:
     if not callable(grad_fn):
         raise ValueError(
             "A sharpness-aware gradient needs the keyword grad_fn, a function from "
@@ -122,7 +127,7 @@ def _check_arguments(params: Any, grad_fn: Any) -> None:
         )
 
 
-def check_gradient(gradient: Any, updates: Any) -> None:
+def _check_gradient(gradient: Any, updates: Any) -> None:
     """Raises ValueError unless `gradient` has the updates' tree, shapes and dtypes."""
 
     def describe(tree):

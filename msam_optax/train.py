@@ -12,7 +12,8 @@ from msam_optax.employ import EmployState
 from msam_optax.momentum import perturbation_norm
 from msam_optax.sharpness_aware import SharpnessAwareState
 
-# loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux))
+# loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux)), where loss is
+# a scalar or one loss for each example
 LossFn = Callable[[Any, Any, Any, Any], tuple[jax.Array, tuple[Any, Any]]]
 Dispatch = Literal["auto", "in_graph", "host"]
 
@@ -59,6 +60,7 @@ class _CleanPass(NamedTuple):
     """Results of the first gradient: that on the batch at the parameters as given."""
 
     loss: jax.Array
+    losses: jax.Array
     model_state: Any
     aux: Any
     grads: optax.Updates
@@ -86,10 +88,14 @@ def make_train_step(
 
     Args:
       loss_fn: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state,
-        aux))``; aux is any tree of arrays. ``msam_optax.flax_linen.linen_loss`` makes
-        one of a Linen module.
-      optimizer: any Optax optimizer. It receives ``grad_fn`` and ``value`` as extra
-        arguments.
+        aux))``; aux is any tree of arrays. The loss is a scalar, or an array of one
+        loss for each example, whose mean is trained on; methods that select samples
+        (:func:`msam_optax.esam`) need the latter, and the examples along the first
+        axis of all of the batch. ``msam_optax.flax_linen.linen_loss`` makes a loss
+        function of a Linen module.
+      optimizer: any Optax optimizer. It receives ``grad_fn``, ``value`` and, for
+        methods that select samples, ``per_example_losses`` and ``per_example_loss_fn``
+        as extra arguments.
       dispatch: "in_graph", "host", or "auto": from the host where the parameters are
         on CPU and the step is not itself traced, in graph elsewhere.
       donate: hand the state's memory to the new state. The state passed in can't be
@@ -121,27 +127,39 @@ def make_train_step(
         )
     optimizer = optax.with_extra_args_support(optimizer)
 
+    def mean_loss(params, model_state, batch, key):
+        losses, (model_state, aux) = loss_fn(params, model_state, batch, key)
+        return jnp.mean(losses), (losses, model_state, aux)
+
     def clean_pass(state, batch, key):
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (model_state, aux)), grads = value_and_grad(
+        value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
+        (loss, (losses, model_state, aux)), grads = value_and_grad(
             state.params, state.model_state, batch, key
         )
-        return _CleanPass(loss, model_state, aux, grads)
+        return _CleanPass(loss, losses, model_state, aux, grads)
 
     def finish(state, clean, batch, key, employed=None):
         def grad_fn(params):
-            return jax.grad(loss_fn, has_aux=True)(
+            return jax.grad(mean_loss, has_aux=True)(
                 params, state.model_state, batch, key
             )[0]
 
-        branch = {} if employed is None else {"employed": employed}
+        def per_example_loss_fn(params, indices=None):
+            samples = batch
+            if indices is not None:
+                samples = jax.tree.map(lambda x: x[indices], batch)
+            return loss_fn(params, state.model_state, samples, key)[0]
+
+        extra_args = {} if employed is None else {"employed": employed}
         updates, opt_state = optimizer.update(
             clean.grads,
             state.opt_state,
             state.params,
             grad_fn=grad_fn,
             value=clean.loss,
-            **branch,
+            per_example_losses=clean.losses,
+            per_example_loss_fn=per_example_loss_fn,
+            **extra_args,
         )
         params = optax.apply_updates(state.params, updates)
         new_state = TrainState(params, opt_state, clean.model_state)

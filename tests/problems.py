@@ -42,8 +42,9 @@ class Problem:
 
     def named_grad(self, weights: Mapping[str, Any], t: int) -> dict[str, np.ndarray]:
         """The gradient as the reference recursions take it."""
-        treedef = jax.tree.structure(self.params)
-        return named(self._jitted_grad(treedef.unflatten(weights.values()), t))
+        structure = jax.tree.structure(self.params)
+        params = jax.tree.unflatten(structure, weights.values())
+        return named(self._jitted_grad(params, t))
 
 
 def named(tree: Any) -> dict[str, np.ndarray]:

@@ -1,0 +1,208 @@
+r"""Ascents whose radius follows the size of the weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msam_optax._hyperparams import ScalarOrSchedule, check_real
+from msam_optax._numerics import (
+    cast_like,
+    global_norm,
+    safe_divide,
+    scale,
+    statistics_dtype,
+)
+from msam_optax.ascent import make_ascent
+
+
+def adaptive_ascent(
+    rho: ScalarOrSchedule, eta: float = 0.0, mask: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Ascent whose radius scales with each weight, so node rescaling leaves it alone.
+
+    .. math::
+      \varepsilon = \rho\,T^2 g / \|T g\|, \qquad
+      T = \begin{cases} |w| + \eta & \text{where mask} \\ 1 & \text{elsewhere.}
+      \end{cases}
+
+    *Cost*: one reduction over the direction. *State*: none, or one int32 where rho is
+    a schedule. *Position*: inside ``sharpness_aware_gradient`` or
+    ``momentum_perturbation``.
+
+    Args:
+      rho: radius, relative to the weights' size where T is adaptive; a float or a
+        schedule. Larger than SAM's by about ten.
+      eta: added to :math:`|w|`, so that zero weights move too.
+      mask: tree of booleans like the parameters (or a prefix), or a function of the
+        parameters that returns one: where T is adaptive. The default is the tensors of
+        at least two dimensions, that is weights, and not biases and scales.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` that needs ``params``.
+
+    Raises:
+      ValueError: if rho or eta is not a finite number (rho may be a schedule), eta is
+        negative, or ``params`` are missing from ``update``.
+
+    >>> import jax.numpy as jnp, msam_optax
+    >>> ascent = msam_optax.adaptive_ascent(rho=0.5)
+    >>> params, direction = jnp.array([[2.0, 0.0]]), jnp.array([[1.0, 1.0]])
+    >>> epsilon, _ = ascent.update(direction, ascent.init(params), params)
+    >>> print(epsilon)
+    [[1. 0.]]
+
+    References:
+      Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2102.11600>`_, 2021. The authors' PyTorch code chooses
+      T by parameter name; a widely used port takes :math:`|w|` everywhere, which is
+      ``adaptive_ascent(rho, mask=lambda params: True)``.
+    """
+    check_real("eta", eta, low=0.0)
+    return _sized_ascent(rho, lambda w: jnp.abs(w) + eta, mask, power=2)
+
+
+def filterwise_ascent(
+    rho: ScalarOrSchedule, mask: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""ASAM with one radius for each filter: T is the l2 norm of the weight's filter.
+
+    :math:`\varepsilon = \rho\,T^2 g / \|T g\|` as in :func:`adaptive_ascent`. A filter
+    is what produces one output channel: the slice of a weight tensor along its last
+    axis, which is where Flax keeps the output channels.
+
+    *Cost*: one reduction over the direction and one over the parameters. *State*: none,
+    or one int32 where rho is a schedule. *Position*: inside
+    ``sharpness_aware_gradient`` or ``momentum_perturbation``.
+
+    Args:
+      rho: radius, relative to the filters' norms; a float or a schedule.
+      mask: see :func:`adaptive_ascent`.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` that needs ``params``.
+
+    Raises:
+      ValueError: if rho is neither a finite number nor a schedule, or ``params`` are
+        missing from ``update``.
+
+    References:
+      Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2102.11600>`_, 2021.
+    """
+
+    def filter_norm(w):
+        axes = tuple(range(w.ndim - 1))
+        return jnp.sqrt(jnp.sum(jnp.square(w), axis=axes, keepdims=True))
+
+    return _sized_ascent(rho, filter_norm, mask, power=2)
+
+
+def weight_scaled_ascent(
+    rho: ScalarOrSchedule,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The adaptive variant of MSAM: :math:`\varepsilon = \rho\,|w| g / \||w| g\|`.
+
+    Its length is rho, unlike that of :func:`adaptive_ascent`, which weighs with
+    :math:`|w|` once more after normalising.
+
+    *Cost*: one reduction over the direction. *State*: none, or one int32 where rho is
+    a schedule. *Position*: ``momentum_perturbation(inner, ascent=...)``, which keeps
+    epsilon in its state then, or ``sharpness_aware_gradient``.
+
+    Args:
+      rho: radius, in the unit of the parameters; a float or a schedule.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` that needs ``params``.
+
+    Raises:
+      ValueError: if rho is neither a finite number nor a schedule, or ``params`` are
+        missing from ``update``.
+
+    References:
+      Becker, Altrock and Risse, `Momentum-SAM <https://arxiv.org/abs/2401.12033>`_,
+      2024, table 3.
+    """
+    return _sized_ascent(rho, jnp.abs, mask=lambda params: True, power=1)
+
+
+def layerwise_ascent(
+    rho: ScalarOrSchedule,
+) -> optax.GradientTransformationExtraArgs:
+    r"""One radius for each parameter tensor: :math:`\rho\,\|w_i\|\, g_i / \|g_i\|`.
+
+    LookSAM's variant for large batches.
+
+    *Cost*: one reduction over the direction and one over the parameters. *State*: none,
+    or one int32 where rho is a schedule. *Position*: inside
+    ``sharpness_aware_gradient`` or ``momentum_perturbation``.
+
+    Args:
+      rho: radius relative to each tensor's norm; a float or a schedule.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` that needs ``params``.
+
+    Raises:
+      ValueError: if rho is neither a finite number nor a schedule, or ``params`` are
+        missing from ``update``.
+
+    References:
+      Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2203.02714>`_, 2022.
+    """
+
+    def perturb(rho, direction, params):
+        _check_params(params)
+
+        def tensor(g, w):
+            return scale(rho * safe_divide(global_norm(w), global_norm(g)), g)
+
+        return jax.tree.map(tensor, direction, params)
+
+    return make_ascent(rho, perturb)
+
+
+def _sized_ascent(
+    rho: ScalarOrSchedule, size: Callable[[jax.Array], jax.Array], mask: Any, power: int
+) -> optax.GradientTransformationExtraArgs:
+    r"""rho T^power g / ‖T g‖ with T = size(w) where mask, and 1 elsewhere."""
+
+    def perturb(rho, direction, params):
+        _check_params(params)
+        dtype = statistics_dtype(params)
+        chosen = mask(params) if callable(mask) else mask
+        if chosen is None:
+            chosen = jax.tree.map(lambda w: jnp.ndim(w) >= 2, params)
+
+        def times_t(tree):
+            def tensor(is_sized, x, w):
+                return x.astype(dtype) * (size(w.astype(dtype)) if is_sized else 1)
+
+            # The mask may be a prefix of the parameters.
+            return jax.tree.map(
+                lambda is_sized, xs, ws: jax.tree.map(
+                    lambda x, w: tensor(is_sized, x, w), xs, ws
+                ),
+                chosen,
+                tree,
+                params,
+            )
+
+        weighed = times_t(direction)
+        factor = safe_divide(rho, global_norm(weighed))
+        epsilon = scale(factor, times_t(weighed) if power == 2 else weighed)
+        return cast_like(epsilon, direction)
+
+    return make_ascent(rho, perturb)
+
+
+def _check_params(params: Any) -> None:
+    if params is None:
+        raise ValueError(
+            "This ascent scales with the weights, but params were None: call "
+            "update(direction, state, params)."
+        )

@@ -1,0 +1,71 @@
+r"""Combine rules: how the clean and the perturbed gradient become one.
+
+A rule is a function ``combine(clean, perturbed) -> gradient`` for
+:func:`msam_optax.sharpness_aware_gradient`.
+"""
+
+import jax
+import optax
+
+from msam_optax._hyperparams import check_real
+from msam_optax._numerics import add_scaled, safe_divide, vdot
+from msam_optax.sharpness_aware import Combine
+
+
+def surrogate_gap(alpha: float) -> Combine:
+    r"""GSAM's rule: descends on the perturbed loss and on its gap to the clean one.
+
+    .. math::
+      \tilde g - \alpha\, g_\perp, \qquad
+      g_\perp = g - \frac{\langle g, \tilde g \rangle}{\|\tilde g\|^2}\, \tilde g,
+
+    with g the clean gradient and norms over all parameters together. The second term
+    lowers the gap by raising the clean loss along what is orthogonal to
+    :math:`\tilde g`, so it leaves the perturbed loss alone.
+
+    Args:
+      alpha: weight of the gap.
+
+    Raises:
+      ValueError: if alpha is not a finite number.
+
+    References:
+      Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
+      <https://arxiv.org/abs/2203.08065>`_, ICLR 2022.
+    """
+    check_real("alpha", alpha)
+
+    def combine(clean: optax.Updates, perturbed: optax.Updates) -> optax.Updates:
+        share = safe_divide(vdot(clean, perturbed), vdot(perturbed, perturbed))
+        orthogonal = add_scaled(clean, -share, perturbed)
+        return add_scaled(perturbed, -alpha, orthogonal)
+
+    return combine
+
+
+def interpolate(alpha: float) -> Combine:
+    r"""The weighted mean :math:`(1-\alpha)\,g + \alpha\,\tilde g`.
+
+    With :math:`\alpha = \lambda / \rho` it is, to first order, the gradient of
+    :math:`L + \lambda \|\nabla L\|`; above 1 it extrapolates beyond SAM.
+
+    Args:
+      alpha: weight of the perturbed gradient.
+
+    Raises:
+      ValueError: if alpha is not a finite number.
+
+    References:
+      Zhao et al., `Penalizing Gradient Norm for Efficiently Improving Generalization in
+      Deep Learning <https://arxiv.org/abs/2202.03599>`_, ICML 2022; Yue et al.,
+      `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization
+      Term <https://arxiv.org/abs/2305.15817>`_, KDD 2023.
+    """
+    check_real("alpha", alpha)
+
+    def combine(clean: optax.Updates, perturbed: optax.Updates) -> optax.Updates:
+        return jax.tree.map(
+            lambda g, p: ((1 - alpha) * g + alpha * p).astype(p.dtype), clean, perturbed
+        )
+
+    return combine

@@ -1,0 +1,152 @@
+r"""ESAM: perturbs some of the weights, and descends on some of the samples."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msam_optax._hyperparams import ScalarOrSchedule, check_real
+from msam_optax._numerics import global_norm, statistics_dtype
+from msam_optax.ascent import perturbation
+from msam_optax.ascent_random import stochastic_ascent
+from msam_optax.sharpness_aware import SharpnessAwareState, check_params
+
+
+def selected_gradient(
+    ascent: optax.GradientTransformation, gamma: float
+) -> optax.GradientTransformationExtraArgs:
+    r"""The gradient at :math:`w + \varepsilon` on the samples that it hurts most.
+
+    Of the batch's B samples the :math:`\lfloor\gamma B\rfloor` with the largest
+    :math:`\ell_i(w + \varepsilon) - \ell_i(w)` are kept, exactly, and the gradient is
+    that of their mean loss.
+
+    *Cost*: one forward pass over the batch at :math:`w + \varepsilon` and a gradient
+    over the samples kept. *State*: the ascent's, and one scalar. *Position*: first in a
+    chain.
+
+    Args:
+      ascent: what makes epsilon of the gradient.
+      gamma: share of the samples kept, in (0, 1]. Static, since shapes follow from it.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`. In place of ``grad_fn`` its
+      ``update`` needs the keywords ``per_example_losses``, an array [B] of the losses
+      at params, and ``per_example_loss_fn(params, indices) -> losses``, where indices
+      is None for the whole batch or an integer array of samples.
+      :func:`msam_optax.make_train_step` hands both on where its loss function returns
+      one loss for each example.
+
+    Raises:
+      ValueError: if gamma is outside (0, 1], and in ``update``, if ``params`` or a
+        keyword is missing, the losses are not of shape [B], or B is less than 1/gamma.
+
+    References:
+      Du et al., `Efficient Sharpness-Aware Minimization for Improved Training of Neural
+      Networks <https://arxiv.org/abs/2110.03141>`_, ICLR 2022. The authors' code
+      compares with > and keeps one sample fewer.
+    """
+    check_real("gamma", gamma, low=0.0, high=1.0, excluded=0.0)
+    ascent = optax.with_extra_args_support(ascent)
+
+    def init_fn(params):
+        return SharpnessAwareState(
+            ascent_state=ascent.init(params),
+            perturbation_norm=jnp.zeros([], statistics_dtype(params)),
+        )
+
+    def update_fn(
+        updates,
+        state,
+        params=None,
+        *,
+        per_example_losses=None,
+        per_example_loss_fn=None,
+        **extra_args,
+    ):
+        check_params(params)
+        count = _selected(per_example_losses, per_example_loss_fn, gamma)
+        epsilon, ascent_state = perturbation(
+            ascent, updates, state.ascent_state, params, **extra_args
+        )
+        perturbed = optax.apply_updates(params, epsilon)
+        rise = per_example_loss_fn(perturbed, None) - per_example_losses
+        _, indices = jax.lax.top_k(rise, count)
+        gradient = jax.grad(lambda p: jnp.mean(per_example_loss_fn(p, indices)))(
+            perturbed
+        )
+        norm = global_norm(epsilon).astype(state.perturbation_norm.dtype)
+        return gradient, SharpnessAwareState(ascent_state, norm)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def esam(
+    optimizer: optax.GradientTransformation,
+    rho: ScalarOrSchedule = 0.05,
+    beta: float = 0.6,
+    gamma: float = 0.5,
+    seed: int = 0,
+    *,
+    by_coordinate: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Efficient SAM: stochastic weight perturbation and data selection.
+
+    *Cost*: one forward pass over the batch, and gamma extra gradients a step. *State*:
+    the optimizer's, and two scalars. *Position*: ``update`` needs ``params``,
+    ``per_example_losses`` and ``per_example_loss_fn``, see :func:`selected_gradient`.
+
+    Args:
+      optimizer: the whole base optimizer, weight decay included.
+      rho: expected radius; a float or a schedule.
+      beta: probability with which a parameter is perturbed, in (0, 1].
+      gamma: share of the samples kept, in (0, 1].
+      seed: of the draws.
+      by_coordinate: draw for each single weight and not for each parameter tensor.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`; its errors are those of
+      :func:`selected_gradient` and :func:`msam_optax.stochastic_ascent`.
+
+    >>> import jax, jax.numpy as jnp, msam_optax, optax
+    >>> def loss_fn(params, model_state, batch, key):  # one loss for each example
+    ...     return (batch @ params) ** 2, (model_state, {})
+    >>> tx = msam_optax.esam(optax.sgd(0.1), rho=0.05, gamma=0.5)
+    >>> step = msam_optax.make_train_step(loss_fn, tx)
+    >>> params = jnp.ones(3)
+    >>> state = msam_optax.TrainState(params, tx.init(params))
+    >>> state, metrics = step(state, jnp.eye(4, 3), None)
+
+    References:
+      Du et al., `Efficient Sharpness-Aware Minimization for Improved Training of Neural
+      Networks <https://arxiv.org/abs/2110.03141>`_, ICLR 2022.
+    """
+    ascent = stochastic_ascent(rho, beta, seed, by_coordinate)
+    return optax.chain(selected_gradient(ascent, gamma), optimizer)
+
+
+def _selected(losses: Any, loss_fn: Any, gamma: float) -> int:
+    """How many samples to keep, once what selects them is there."""
+    if losses is None or not callable(loss_fn):
+        raise ValueError(
+            "Selecting samples needs the keywords per_example_losses and "
+            "per_example_loss_fn: call update(updates, state, params, "
+            "per_example_losses=losses, per_example_loss_fn=loss_fn), or give "
+            "make_train_step a loss function that returns one loss for each example."
+        )
+    if jnp.ndim(losses) != 1:
+        raise ValueError(
+            "per_example_losses must have shape [batch], one loss for each example, "
+            f"but has shape {jnp.shape(losses)}: leave the mean to the optimizer."
+        )
+    size = jnp.shape(losses)[0]
+    # 0.29 * 100 is 28.999999999999996 in floating point.
+    count = math.floor(gamma * size + 1e-9)
+    if count == 0:
+        raise ValueError(
+            f"gamma={gamma} keeps none of a batch of {size}: it needs at least "
+            f"{math.ceil(1 / gamma)} examples."
+        )
+    return count

@@ -1,0 +1,131 @@
+"""Friendly SAM: ascends along what is particular to the batch, not along the trend."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msam_optax._hyperparams import (
+    ScalarOrSchedule,
+    check_real,
+    check_scalar_or_schedule,
+    init_schedule,
+    read_schedule,
+)
+from msam_optax._numerics import (
+    add_scaled,
+    global_norm,
+    safe_divide,
+    scale,
+)
+from msam_optax.sharpness_aware import sharpness_aware_gradient
+
+
+class FriendlyAscentState(NamedTuple):
+    """State of `friendly_ascent`.
+
+    Attributes:
+      average: tree like the parameters, running mean of the gradients.
+      started: boolean scalar, whether the average holds a gradient yet.
+      rho_state: counter of rho's schedule, empty for a constant.
+    """
+
+    average: optax.Updates
+    started: jax.Array
+    rho_state: Any
+
+
+def friendly_ascent(
+    rho: ScalarOrSchedule, sigma: float = 1.0, decay: float = 0.9
+) -> optax.GradientTransformationExtraArgs:
+    r"""Ascent along the gradient less its running mean.
+
+    With :math:`m` the running mean of the gradients,
+
+    .. math::
+      d_t = g_t - \sigma m_{t-1}, \qquad \varepsilon = \rho\, d_t / \|d_t\|, \qquad
+      m_t = \lambda m_{t-1} + (1 - \lambda) g_t ,
+
+    starting with :math:`d_0 = m_0 = g_0`. The mean takes in the gradient, not d.
+
+    *Cost*: one reduction over the gradient. *State*: one tree like the parameters, one
+    boolean, and one int32 where rho is a schedule. *Position*: inside
+    ``sharpness_aware_gradient``; under ``employ`` the mean sees only the gradients of
+    the steps employed.
+
+    Args:
+      rho: radius, in the unit of the parameters; a float or a schedule.
+      sigma: how much of the mean is taken away.
+      decay: lambda, of the mean; 0.6 to 0.9 in the paper.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: if rho is neither a finite number nor a schedule, sigma is not a
+        finite number, or decay is outside [0, 1].
+
+    References:
+      Li et al., `Friendly Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2403.12350>`_, CVPR 2024.
+    """
+    check_scalar_or_schedule("rho", rho)
+    check_real("sigma", sigma)
+    check_real("decay", decay, low=0.0, high=1.0)
+
+    def init_fn(params):
+        return FriendlyAscentState(
+            average=optax.tree.zeros_like(params),
+            started=jnp.zeros([], bool),
+            rho_state=init_schedule(rho),
+        )
+
+    def update_fn(direction, state, params=None, *, step=None, **extra_args):
+        del params, extra_args
+        radius, rho_state = read_schedule(rho, state.rho_state, step)
+        # The mean is zero before the first step, so d is the gradient then.
+        friendly = add_scaled(direction, -sigma, state.average)
+        weight = jnp.where(state.started, 1 - decay, 1)
+        average = jax.tree.map(
+            lambda m, g: ((1 - weight) * m + weight * g).astype(m.dtype),
+            state.average,
+            direction,
+        )
+        epsilon = scale(safe_divide(radius, global_norm(friendly)), friendly)
+        return epsilon, FriendlyAscentState(average, jnp.ones([], bool), rho_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def friendly_sam(
+    optimizer: optax.GradientTransformation,
+    rho: ScalarOrSchedule = 0.05,
+    sigma: float = 1.0,
+    decay: float = 0.9,
+) -> optax.GradientTransformationExtraArgs:
+    """Friendly SAM around any optimizer.
+
+    *Cost*: one extra gradient a step. *State*: the optimizer's, one tree like the
+    parameters and two scalars (three where rho is a schedule). *Position*: ``update``
+    needs ``params`` and ``grad_fn``.
+
+    Args:
+      optimizer: the whole base optimizer, weight decay included.
+      rho: radius; a float or a schedule.
+      sigma: see :func:`friendly_ascent`.
+      decay: see :func:`friendly_ascent`.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`; its errors are those of
+      :func:`msam_optax.sharpness_aware_gradient` and :func:`friendly_ascent`.
+
+    >>> import msam_optax, optax
+    >>> tx = msam_optax.friendly_sam(optax.sgd(0.1, momentum=0.9), rho=0.05)
+
+    References:
+      Li et al., `Friendly Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2403.12350>`_, CVPR 2024.
+    """
+    ascent = friendly_ascent(rho, sigma, decay)
+    return optax.chain(sharpness_aware_gradient(ascent), optimizer)
