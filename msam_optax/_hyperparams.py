@@ -73,18 +73,22 @@ def init_schedule(value: ScalarOrSchedule) -> ScheduleState | optax.EmptyState:
     return optax.EmptyState()
 
 
-def read_schedule(
-    value: ScalarOrSchedule, state: Any, step: Any = None
-) -> tuple[Any, Any]:
-    """The value at this step, and the state for the next one.
+def training_step(step: jax.Array, extra_args: dict[str, Any]) -> jax.Array:
+    """The step of the training: the extra argument if there is one, else `step`.
 
-    `step` is the training step where a wrapper knows it: an `employ` does not run its
-    transformation on every step, and without it the schedule would only count the
-    steps that were employed.
+    An `employ` gives it. It does not run its transformation on every step, so that one
+    on its own would only count the steps that were employed.
     """
+    return jnp.asarray(extra_args.get("step", step), jnp.int32)
+
+
+def read_schedule(
+    value: ScalarOrSchedule, state: Any, extra_args: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The value at this step, and the state for the next one."""
     if not callable(value):
         return value, state
-    step = state.step if step is None else jnp.asarray(step, jnp.int32)
+    step = training_step(state.step, extra_args)
     return value(step), ScheduleState(step=optax.safe_increment(step))
 
 

@@ -217,9 +217,8 @@ def make_ascent(
         del params
         return init_schedule(rho)
 
-    def update_fn(direction, state, params=None, *, step=None, **extra_args):
-        del extra_args
-        radius, state = read_schedule(rho, state, step)
+    def update_fn(direction, state, params=None, **extra_args):
+        radius, state = read_schedule(rho, state, extra_args)
         return perturb(radius, direction, params), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

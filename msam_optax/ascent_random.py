@@ -11,6 +11,7 @@ from msam_optax._hyperparams import (
     check_integer,
     check_real,
     check_scalar_or_schedule,
+    training_step,
 )
 from msam_optax._numerics import cast_like, global_norm, safe_divide, scale
 
@@ -117,9 +118,9 @@ def _random_ascent(
         del params
         return RandomAscentState(step=jnp.zeros([], jnp.int32))
 
-    def update_fn(direction, state, params=None, *, step=None, **extra_args):
-        del params, extra_args
-        step = state.step if step is None else jnp.asarray(step, jnp.int32)
+    def update_fn(direction, state, params=None, **extra_args):
+        del params
+        step = training_step(state.step, extra_args)
         key = jax.random.fold_in(jax.random.key(seed), step)
         radius = rho(step) if callable(rho) else rho
         epsilon = perturb(radius, direction, key)

@@ -54,8 +54,9 @@ def employ(
     Args:
       policy: asked once a step, with the updates that come in.
       transform: run where the policy says so. It receives ``step``, the number of
-        steps taken so far, as an extra argument, so that the schedules of an ascent
-        follow the training and not the steps that happened to be employed.
+        steps taken so far, as an extra argument (unless the caller gives one), so that
+        the schedules of an ascent follow the training and not the steps that happened
+        to be employed.
       otherwise: ``otherwise(updates, inner_state) -> updates`` elsewhere, by default
         the updates as they are. ``inner_state`` does not change.
 
@@ -108,7 +109,7 @@ def employ(
 
         def run(updates, inner_state):
             return transform.update(
-                updates, inner_state, params, **{**extra_args, "step": state.step}
+                updates, inner_state, params, **{"step": state.step, **extra_args}
             )
 
         def skip(updates, inner_state):

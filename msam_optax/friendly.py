@@ -81,9 +81,9 @@ def friendly_ascent(
             rho_state=init_schedule(rho),
         )
 
-    def update_fn(direction, state, params=None, *, step=None, **extra_args):
-        del params, extra_args
-        radius, rho_state = read_schedule(rho, state.rho_state, step)
+    def update_fn(direction, state, params=None, **extra_args):
+        del params
+        radius, rho_state = read_schedule(rho, state.rho_state, extra_args)
         # The mean is zero before the first step, so d is the gradient then.
         friendly = add_scaled(direction, -sigma, state.average)
         weight = jnp.where(state.started, 1 - decay, 1)

@@ -171,9 +171,8 @@ def scaled_momentum_perturbation(
             rho_state=init_schedule(rho),
         )
 
-    def update_fn(updates, state, params=None, *, step=None, **extra_args):
+    def update_fn(updates, state, params=None, **extra_args):
         _check_params(params)
-        extra_args["step"] = step
         momentum = find_momentum(state.inner_state, params)
         if previous is not None:
             # The same computation as in the second call below: XLA merges the two.
@@ -186,7 +185,7 @@ def scaled_momentum_perturbation(
             updates, state.inner_state, clean, **extra_args
         )
         new_momentum = find_momentum(inner_state, params)
-        radius, rho_state = read_schedule(rho, state.rho_state, step)
+        radius, rho_state = read_schedule(rho, state.rho_state, extra_args)
         scale = safe_divide(radius, global_norm(new_momentum)).astype(state.scale.dtype)
         new_updates = jax.tree.map(
             lambda u, v, new_v: (state.scale * v + u - scale * new_v).astype(u.dtype),
@@ -300,6 +299,12 @@ def perturbation_norm(state: optax.OptState, params: optax.Params) -> jax.Array:
     return total
 
 
+_FOREIGN_STATE = (
+    "The optimizer state does not belong to these parameters: the perturbation inside "
+    "it has another structure or other shapes."
+)
+
+
 def _perturbation_states(tree: Any) -> list[Any]:
     kinds = (MomentumPerturbationState, StoredPerturbationState)
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kinds))
@@ -307,21 +312,20 @@ def _perturbation_states(tree: Any) -> list[Any]:
 
 
 def _unperturbed(state: Any, params: optax.Params) -> optax.Params:
-    stored = isinstance(state, StoredPerturbationState)
-    if not stored and jnp.ndim(state.scale) != 0:
+    if isinstance(state, StoredPerturbationState):
+        if not is_like(state.perturbation, params):
+            raise ValueError(_FOREIGN_STATE)
+        return _add(params, state.perturbation, -1)
+    if jnp.ndim(state.scale) != 0:
         raise ValueError(
             f"The state is batched (its scale has shape {jnp.shape(state.scale)}): use "
             "jax.vmap(eval_params)(state, params)."
         )
     try:
-        if stored:
-            return _add(params, state.perturbation, -1)
-        return _add(params, find_momentum(state.inner_state, params), state.scale)
+        momentum = find_momentum(state.inner_state, params)
     except ValueError as error:
-        raise ValueError(
-            "The optimizer state does not belong to these parameters: the perturbation "
-            "inside it has another structure or other shapes."
-        ) from error
+        raise ValueError(_FOREIGN_STATE) from error
+    return _add(params, momentum, state.scale)
 
 
 def _add(params: optax.Params, tree: Any, factor: Any) -> optax.Params:

@@ -100,8 +100,7 @@ def decoupled_sharpness(
             learning_rate_state=init_schedule(learning_rate),
         )
 
-    def update_fn(updates, state, params=None, *, step=None, **extra_args):
-        extra_args["step"] = step
+    def update_fn(updates, state, params=None, **extra_args):
         difference, sharpness_aware_state = sharpness.update(
             updates, state.sharpness_aware_state, params, **extra_args
         )
@@ -109,7 +108,7 @@ def decoupled_sharpness(
             updates, state.optimizer_state, params, **extra_args
         )
         eta, learning_rate_state = read_schedule(
-            learning_rate, state.learning_rate_state, step
+            learning_rate, state.learning_rate_state, extra_args
         )
         updates = add_scaled(updates, -eta * alpha, difference)
         return updates, DecoupledSharpnessState(

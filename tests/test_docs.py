@@ -1,0 +1,32 @@
+"""The code blocks of README.md and CONTRIBUTING.md run as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "CONTRIBUTING.md"]
+
+
+def code_blocks(page: str) -> list[str]:
+    text = (ROOT / page).read_text()
+    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_blocks_run_in_order(page):
+    blocks = code_blocks(page)
+    assert blocks
+    # One namespace a page: later blocks build on earlier ones, as a reader would.
+    namespace: dict[str, object] = {"__name__": page}
+    for block in blocks:
+        exec(compile(block, page, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_linked_files_exist(page):
+    text = (ROOT / page).read_text()
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text)
+    missing = [target for target in targets if not (ROOT / target).exists()]
+    assert not missing
