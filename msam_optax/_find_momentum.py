@@ -91,14 +91,14 @@ def _candidates(
 
 def _leaf_by_leaf(momentum: Any, params: optax.Params) -> list[Any]:
     """The momentum's leaves, one for each of the parameters', None where masked."""
-    parts = jax.tree.map(
-        lambda m, p: [None] * len(jax.tree.leaves(p)) if _is_masked(m) else [m],
-        momentum,
-        params,
-        is_leaf=_is_masked,
-    )
-    nested = jax.tree.leaves(parts, is_leaf=lambda x: isinstance(x, list))
-    return [leaf for part in nested for leaf in part]
+    leaves: list[Any] = []
+
+    def collect(leaf, param):
+        masked = _is_masked(leaf)
+        leaves.extend([None] * len(jax.tree.leaves(param)) if masked else [leaf])
+
+    jax.tree.map(collect, momentum, params, is_leaf=_is_masked)
+    return leaves
 
 
 def _is_masked(x: Any) -> bool:

@@ -85,7 +85,7 @@ def normalized_ascent(
       Generalization <https://arxiv.org/abs/2010.01412>`_, 2021, equation 2. The
       authors' JAX code offers p = 2 only.
     """
-    if not isinstance(p, int | float) or not p >= 1:
+    if isinstance(p, bool) or not isinstance(p, int | float) or not p >= 1:
         raise ValueError(
             f"p must be a Python number in [1, inf], but {p!r} was given. Under "
             "optax.inject_hyperparams name it in static_args."
@@ -231,23 +231,27 @@ def _dual_direction(direction: optax.Updates, p: float) -> optax.Updates:
     dtype = statistics_dtype(direction)
     sizes = jax.tree.map(lambda g: jnp.abs(g).astype(dtype), direction)
     largest = jax.tree.reduce(
-        jnp.maximum, jax.tree.map(lambda s: jnp.max(s, initial=0), sizes), jnp.zeros([])
-    ).astype(dtype)
-    # The quotient does not change when g is scaled, and with the largest entry at 1 no
-    # power overflows. For p = 1, q is infinite and only entries at 1 survive.
-    sizes = jax.tree.map(lambda s: safe_divide(s, largest), sizes)
-    if p == 1:
-        powers = jax.tree.map(lambda s: (s == 1).astype(dtype), sizes)
-        total = sum(map(jnp.sum, jax.tree.leaves(powers)), start=jnp.zeros([], dtype))
+        jnp.maximum,
+        jax.tree.map(lambda s: jnp.max(s, initial=0), sizes),
+        jnp.zeros([], dtype),
+    )
+    if p == 1:  # q is infinite, and only the largest entries survive.
+        powers = jax.tree.map(
+            lambda s: ((s == largest) & (largest > 0)).astype(dtype), sizes
+        )
+        total = _sum(powers, dtype)
     else:
         q = p / (p - 1)
+        # The quotient does not change when g is scaled, and no power overflows then.
+        sizes = jax.tree.map(lambda s: safe_divide(s, largest), sizes)
         powers = jax.tree.map(lambda s: s ** (q - 1), sizes)
-        total = sum(
-            (jnp.sum(s**q) for s in jax.tree.leaves(sizes)),
-            start=jnp.zeros([], dtype),
-        ) ** (1 / p)
+        total = _sum(jax.tree.map(lambda s: s**q, sizes), dtype) ** (1 / p)
     return jax.tree.map(
         lambda g, s: (jnp.sign(g) * safe_divide(s, total)).astype(g.dtype),
         direction,
         powers,
     )
+
+
+def _sum(tree: Any, dtype: Any) -> jax.Array:
+    return sum(map(jnp.sum, jax.tree.leaves(tree)), start=jnp.zeros([], dtype))

@@ -26,8 +26,16 @@ def surrogate_gap(alpha: float) -> Combine:
     Args:
       alpha: weight of the gap.
 
+    Returns:
+      A rule ``combine(clean, perturbed) -> gradient``.
+
     Raises:
       ValueError: if alpha is not a finite number.
+
+    >>> import jax.numpy as jnp, msam_optax
+    >>> combine = msam_optax.surrogate_gap(alpha=0.5)
+    >>> print(combine(jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0])))
+    [-0.5  1. ]
 
     References:
       Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
@@ -52,8 +60,16 @@ def interpolate(alpha: float) -> Combine:
     Args:
       alpha: weight of the perturbed gradient.
 
+    Returns:
+      A rule ``combine(clean, perturbed) -> gradient``.
+
     Raises:
       ValueError: if alpha is not a finite number.
+
+    >>> import jax.numpy as jnp, msam_optax
+    >>> combine = msam_optax.interpolate(alpha=0.75)
+    >>> print(combine(jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0])))
+    [0.25 1.25]
 
     References:
       Zhao et al., `Penalizing Gradient Norm for Efficiently Improving Generalization in

@@ -219,8 +219,8 @@ def adaptive(
         dtype = statistics_dtype(params)
         return AdaptiveState(
             step=jnp.zeros([], jnp.int32),
-            mean=jnp.asarray(initial_mean, dtype),
-            variance=jnp.asarray(initial_variance, dtype),
+            mean=jnp.array(initial_mean, dtype),
+            variance=jnp.array(initial_variance, dtype),
         )
 
     def decide(updates, state, params=None, **extra_args):

@@ -86,7 +86,24 @@ def decoupled_sharpness(
     alpha: float,
     learning_rate: ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds -learning_rate alpha (perturbed - clean) to an optimizer's updates."""
+    r"""Adds :math:`-\eta\alpha\,(\tilde g - g)` to an optimizer's updates.
+
+    *Cost*: one extra gradient. *State*: the optimizer's, and one scalar, one more for
+    each schedule. *Position*: outermost; the optimizer sees the clean gradient.
+
+    Args:
+      optimizer: the whole base optimizer.
+      ascent: what makes epsilon of the gradient.
+      alpha: weight of the difference.
+      learning_rate: eta; a float or a schedule.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` that needs ``params`` and
+      ``grad_fn``.
+
+    Raises:
+      ValueError: if learning_rate is neither a finite number nor a schedule.
+    """
     check_scalar_or_schedule("learning_rate", learning_rate)
     optimizer = optax.with_extra_args_support(optimizer)
     sharpness = sharpness_aware_gradient(

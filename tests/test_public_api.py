@@ -1,0 +1,332 @@
+"""Names, imports and docstrings: what a user may rely on, and who imports whom."""
+
+import ast
+import doctest
+import functools
+import inspect
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import optax
+import pytest
+
+import msam_optax as mo
+
+PACKAGE = pathlib.Path(mo.__file__).parent
+ROOT = pathlib.Path(__file__).parents[1]
+
+PUBLIC: dict[str, list[str]] = {
+    "aliases": ["adamw_msam", "ae_sam", "asam", "msam", "sam", "ss_sam"],
+    "ascents": ["adaptive_ascent", "normalized_ascent", "unnormalized_ascent"],
+    "blocks": [
+        "employ",
+        "eval_params",
+        "momentum_perturbation",
+        "sharpness_aware_gradient",
+    ],
+    "policies": [
+        "Policy",
+        "adaptive",
+        "always",
+        "bernoulli",
+        "between",
+        "every",
+        "never",
+    ],
+    "training": ["StepMetrics", "TrainState", "make_train_step"],
+    "states": [
+        "AdaptiveState",
+        "EmployState",
+        "MomentumPerturbationState",
+        "SharpnessAwareState",
+        "StepState",
+        "StoredPerturbationState",
+    ],
+}
+
+
+@functools.cache
+def exported() -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(mo).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+
+
+def is_state(value: Any) -> bool:
+    return inspect.isclass(value) and hasattr(value, "_fields")
+
+
+FUNCTIONS = {n: f for n, f in exported().items() if inspect.isfunction(f)}
+STATES = {n: c for n, c in exported().items() if is_state(c)}
+
+
+# --- Names ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for names in PUBLIC.values() for name in names])
+def test_the_public_names_are_exported(name):
+    assert name in exported()
+
+
+def test_every_exported_name_is_a_function_or_a_named_tuple_of_the_package():
+    assert set(exported()) == {*FUNCTIONS, *STATES}
+    for value in exported().values():
+        assert value.__module__.startswith("msam_optax.")
+
+
+def test_names_are_exported_the_way_type_checkers_understand():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert all(alias.asname == alias.name for alias in node.names)
+    assert (PACKAGE / "py.typed").exists()
+
+
+PARAMETERS = {
+    "normalized_ascent": ["rho", "p"],
+    "adaptive_ascent": ["rho", "eta", "mask"],
+    "unnormalized_ascent": ["rho"],
+    "sharpness_aware_gradient": ["ascent", "combine", "second_order"],
+    "every": ["k"],
+    "bernoulli": ["probability", "seed"],
+    "between": ["start", "stop"],
+    "employ": ["policy", "transform", "otherwise"],
+    "momentum_perturbation": ["inner", "rho", "ascent", "momentum_fn"],
+    "eval_params": ["state", "params"],
+    "sam": ["optimizer", "rho"],
+    "ss_sam": ["optimizer", "rho", "probability", "seed"],
+}
+
+STARTS = {
+    "adaptive": ["total_steps", "delta", "lambda_1", "lambda_2"],
+    "msam": ["learning_rate", "momentum", "rho"],
+    "adamw_msam": [
+        *["learning_rate", "b1", "b2", "eps", "weight_decay", "mask", "rho"]
+    ],
+    "asam": ["optimizer", "rho", "eta"],
+    "ae_sam": ["optimizer", "rho", "total_steps", "delta", "lambda_1", "lambda_2"],
+    "make_train_step": ["loss_fn", "optimizer"],
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_parameters_are_those_of_the_design(name):
+    assert list(inspect.signature(FUNCTIONS[name]).parameters) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_the_parameters_start_as_in_the_design(name):
+    parameters = list(inspect.signature(FUNCTIONS[name]).parameters)
+    assert parameters[: len(STARTS[name])] == STARTS[name]
+
+
+@pytest.mark.parametrize(
+    "name, defaults",
+    [
+        ("normalized_ascent", {"p": 2}),
+        ("adaptive_ascent", {"eta": 0.0, "mask": None}),
+        ("sharpness_aware_gradient", {"combine": None, "second_order": False}),
+        ("adaptive", {"delta": 0.9, "lambda_1": -1.0, "lambda_2": 1.0}),
+        ("msam", {"momentum": 0.9, "rho": 0.3}),
+        ("adamw_msam", {"rho": 1.0}),
+        ("sam", {"rho": 0.05}),
+        ("asam", {"rho": 0.5, "eta": 0.01}),
+        ("ss_sam", {"probability": 0.5, "seed": 0}),
+        ("ae_sam", {"delta": 0.9, "lambda_1": -1.0, "lambda_2": 1.0}),
+        ("make_train_step", {"dispatch": "auto"}),
+    ],
+)
+def test_the_defaults_are_those_of_the_papers(name, defaults):
+    parameters = inspect.signature(FUNCTIONS[name]).parameters
+    assert {key: parameters[key].default for key in defaults} == defaults
+
+
+@pytest.mark.parametrize(
+    "alias, base", [(mo.msam, optax.sgd), (mo.adamw_msam, optax.adamw)]
+)
+def test_the_drop_in_optimizers_take_every_argument_of_the_ones_they_replace(
+    alias, base
+):
+    ours = inspect.signature(alias).parameters
+    theirs = inspect.signature(base).parameters
+    assert set(theirs) <= set(ours)
+    for name, parameter in theirs.items():
+        if name != "momentum":  # MSAM's is 0.9, without it there is nothing to do
+            assert ours[name].default == parameter.default
+
+
+# --- Docstrings -----------------------------------------------------------------------
+
+
+def examples_of(value: Any) -> list[doctest.Example]:
+    return doctest.DocTestParser().get_examples(inspect.getdoc(value) or "")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_is_documented(name):
+    function = FUNCTIONS[name]
+    text = inspect.getdoc(function) or ""
+    assert text.splitlines()[0].endswith(".")
+    parameters = inspect.signature(function).parameters
+    if parameters:
+        assert "Args:" in text
+    documented = text.partition("Args:")[2]
+    for parameter in parameters:
+        assert f"{parameter}:" in documented.replace("*", ""), parameter
+    returns_policy = function.__module__.endswith(".policy")
+    assert "Returns:" in text or examples_of(function) or returns_policy
+
+
+@pytest.mark.parametrize("name", [*PUBLIC["aliases"], *PUBLIC["ascents"]])
+def test_methods_tell_cost_state_position_source_and_an_example(name):
+    text = inspect.getdoc(FUNCTIONS[name]) or ""
+    for heading in ("*Cost*", "*State*", "*Position*", "Args:", "Returns:"):
+        assert heading in text
+    assert "https://arxiv.org/abs/" in text
+    assert examples_of(FUNCTIONS[name])
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_every_state_documents_its_fields(name):
+    text = inspect.getdoc(STATES[name]) or ""
+    assert "Attributes:" in text
+    for field in STATES[name]._fields:
+        assert f"{field}: " in text
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
+def test_every_module_has_a_docstring(path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+# --- Imports --------------------------------------------------------------------------
+
+# Whom of the package each module may import, see the design. A module below another in
+# this order never imports upwards.
+FOUNDATIONS = {"_numerics", "_hyperparams", "_find_momentum"}
+OPTIMIZERS = {
+    "ascent",
+    "sharpness_aware",
+    "policy",
+    "employ",
+    "momentum",
+    "aliases",
+}
+ALLOWED: dict[str, set[str]] = {
+    "_numerics": set(),
+    "_hyperparams": {"_numerics"},
+    "_find_momentum": {"_numerics"},
+    "ascent": {"_numerics", "_hyperparams"},
+    "sharpness_aware": {"_numerics", "_hyperparams", "ascent"},
+    "policy": {"_numerics", "_hyperparams"},
+    "employ": {"_numerics", "_hyperparams", "policy"},
+    "momentum": {*FOUNDATIONS, "ascent"},
+    "train": {*FOUNDATIONS, "employ", "momentum", "sharpness_aware"},
+    "flax_linen": {"train"},
+    "flax_nnx": {"train"},
+    "plotting": set(),
+    "sharpness": {"_numerics"},
+    "landscape": {"_numerics"},
+    "batch_stats": {"_numerics"},
+}
+TOP = {"aliases", "__init__"}  # may import everything but the glue
+GLUE = {"flax_linen", "flax_nnx", "plotting"}
+
+
+def imports_of(path: pathlib.Path) -> Iterator[str]:
+    """The dotted names that a file imports, anywhere in it; docstrings excluded."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"a relative import in {path.name}"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@functools.cache
+def imported_modules() -> dict[str, set[str]]:
+    """For each module of the package, which others of it are imported."""
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    found: dict[str, set[str]] = {}
+    for path in PACKAGE.glob("*.py"):
+        names = {tuple(name.split(".")) for name in imports_of(path)}
+        found[path.stem] = {
+            name[1]
+            for name in names
+            if name[0] == "msam_optax" and len(name) > 1 and name[1] in modules
+        }
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
+def test_nothing_private_of_another_package_is_imported_or_used(path):
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] not in ("msam_optax", "__future__"):
+            assert not any(part.startswith("_") for part in parts), name
+    text = path.read_text()
+    assert "jax._src" not in text
+    assert "optax._src" not in text
+
+
+@pytest.mark.parametrize("module", sorted(p.stem for p in PACKAGE.glob("*.py")))
+def test_each_module_imports_what_stands_below_it(module):
+    imported = imported_modules()[module]
+    if module in TOP:
+        assert not imported & GLUE
+        assert module == "__init__" or "train" not in imported
+    elif module in ALLOWED:
+        assert imported <= ALLOWED[module]
+    else:  # the file of one method
+        assert not imported & {*TOP, *GLUE, "train"}
+
+
+def test_imports_go_round_nowhere():
+    def below(module: str, path: tuple[str, ...] = ()) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        for other in imported_modules()[module]:
+            below(other, (*path, module))
+
+    below("__init__")
+
+
+def test_nobody_imports_the_glue():
+    for module, imported in imported_modules().items():
+        assert not imported & GLUE, module
+
+
+def test_importing_the_package_brings_neither_flax_nor_matplotlib():
+    code = "import sys, msam_optax; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "jax" in loaded
+    assert not loaded & {"flax", "matplotlib", "sklearn", "orbax", "chex"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem
+)
+def test_benchmarks_use_public_names_only(path):
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] in ("msam_optax", "jax", "optax", "flax"):
+            assert not any(part.startswith("_") for part in parts), name
+    for node in ast.walk(ast.parse(path.read_text())):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in ("msam_optax", "mo")
+        ):
+            assert not node.attr.startswith("_"), node.attr
