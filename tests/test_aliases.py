@@ -790,3 +790,82 @@ def test_msam_takes_its_perturbation_back_when_gradients_return(tx, base, tolera
     np.testing.assert_allclose(
         clean_weights(tx()), clean_weights(base()), rtol=0, atol=tolerance
     )
+
+
+def replaced_gradient(ascent: Any, grad_fn: Callable, params: Any) -> Any:
+    """The gradient that sharpness_aware_gradient hands on."""
+    tx = mo.sharpness_aware_gradient(ascent)
+    state = tx.init(params)
+    return tx.update(grad_fn(params), state, params, grad_fn=grad_fn)[0]
+
+
+@pytest.mark.parametrize("rho", [0.01, 0.5, -0.5, 3.0])
+def test_sam_gradient_of_a_quadratic(rho):
+    a, w = jnp.asarray(quadratic_matrix()), jnp.linspace(-1.0, 2.0, 17)
+    gradient = replaced_gradient(mo.normalized_ascent(rho), lambda w: a @ w, w)
+    expected = a @ w + rho * a @ a @ w / jnp.linalg.norm(a @ w)
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-13)
+
+
+def test_sam_gradient_is_a_curvature_along_the_gradient_as_rho_vanishes():
+    problem = mlp()
+    params = jax.tree.map(jnp.asarray, problem.params)
+
+    def grad_fn(p: Any) -> Any:
+        return problem.grad(p, 0)
+
+    g = grad_fn(params)
+    _, hessian_times_g = jax.jvp(grad_fn, (params,), (g,))
+    curvature = Tree(named(hessian_times_g)) / norm(Tree(named(g)))
+
+    def error(rho: float) -> float:
+        sam = Tree(named(replaced_gradient(mo.normalized_ascent(rho), grad_fn, params)))
+        return norm((sam - Tree(named(g))) / rho - curvature)
+
+    assert error(1e-5) < 1e-4 * norm(curvature)
+    assert error(1e-3) / error(1e-4) == pytest.approx(10, rel=0.05)  # of first order
+
+
+@on_both
+@pytest.mark.parametrize("factor", [1e-8, 3.0, 1e8])
+def test_sam_ascent_ignores_the_scale_of_the_loss(factor, problem):
+    params = jax.tree.map(jnp.asarray, problem.params)
+    g = problem.grad(params, 0)
+    scaled = jax.tree.map(lambda x: factor * x, g)
+    for ascent in mo.normalized_ascent(RHO), mo.adaptive_ascent(RHO, 0.01):
+        state = ascent.init(params)
+        chex.assert_trees_all_close(
+            ascent.update(scaled, state, params)[0],
+            ascent.update(g, state, params)[0],
+            rtol=1e-13,
+        )
+
+
+def test_asam_is_invariant_to_node_rescaling_and_sam_is_not():
+    rng = np.random.default_rng(3)
+    inputs, targets = rng.normal(size=(32, 5)), rng.normal(size=(32, 3))
+    first, second = rng.normal(size=(5, 8)), rng.normal(size=(8, 3))
+    factors = np.exp(rng.normal(size=8))
+
+    def predict(params: Any) -> jax.Array:
+        return jax.nn.relu(inputs @ params["first"]) @ params["second"]
+
+    def predict_perturbed(ascent: Any, params: Any) -> jax.Array:
+        g = jax.grad(lambda p: jnp.mean((predict(p) - targets) ** 2))(params)
+        epsilon, _ = ascent.update(g, ascent.init(params), params)
+        return predict(optax.apply_updates(params, epsilon))
+
+    params = {"first": jnp.asarray(first), "second": jnp.asarray(second)}
+    rescaled = {
+        "first": jnp.asarray(first * factors),
+        "second": jnp.asarray(second / factors[:, None]),
+    }
+
+    def change(function: Callable) -> float:
+        return float(jnp.max(jnp.abs(function(params) - function(rescaled))))
+
+    asam = functools.partial(predict_perturbed, mo.adaptive_ascent(0.5, eta=0.0))
+    sam = functools.partial(predict_perturbed, mo.normalized_ascent(0.5))
+    assert change(predict) < 1e-12
+    assert change(asam) < 1e-12
+    assert change(sam) > 1e-2

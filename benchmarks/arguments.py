@@ -1,0 +1,155 @@
+"""Command line arguments that the benchmarks share."""
+
+import argparse
+import math
+from typing import Any, NoReturn
+
+import data
+import models
+import training
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a bad argument with one sentence and exit code 2."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def positive_integer(text: str) -> int:
+    """Reads an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(
+            f"a whole number of at least 1 is needed, but {text!r} was given."
+        )
+    return value
+
+
+def finite(text: str) -> float:
+    """Reads a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(
+            f"a finite number is needed, but {text!r} was given."
+        )
+    return value
+
+
+def positive(text: str) -> float:
+    """Reads a finite number above 0."""
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(
+            f"a number above 0 is needed, but {text!r} was given."
+        )
+    return value
+
+
+def non_negative(text: str) -> float:
+    """Reads a finite number of at least 0."""
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(
+            f"a number of at least 0 is needed, but {text!r} was given."
+        )
+    return value
+
+
+def fraction(text: str) -> float:
+    """Reads a number in [0, 1]."""
+    value = finite(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(
+            f"a number in [0, 1] is needed, but {text!r} was given."
+        )
+    return value
+
+
+def add_task_arguments(parser: Parser, seeds: int) -> None:
+    """Adds the arguments of `load_task`, and those that are the same for all runs."""
+
+    def add(flag: str, help_text: str, **options: Any) -> None:
+        parser.add_argument(flag, help=f"{help_text} (default: %(default)s)", **options)
+
+    add("--dataset", "what is learned", choices=data.NAMES, default="mnist5k")
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="folder that holds the dataset's files"
+    )
+    add("--model", "what learns it", choices=models.NAMES, default="mlp")
+    add(
+        "--label-noise",
+        "share of the training labels that are random",
+        type=fraction,
+        default=0.4,
+        metavar="FRACTION",
+    )
+    add(
+        "--seeds",
+        "runs of each optimizer",
+        type=positive_integer,
+        default=seeds,
+        metavar="N",
+    )
+    add(
+        "--epochs",
+        "passes over the training part",
+        type=positive_integer,
+        default=30,
+        metavar="N",
+    )
+    add(
+        "--batch-size",
+        "examples in a step",
+        type=positive_integer,
+        default=128,
+        metavar="N",
+    )
+    add(
+        "--weight-decay",
+        "of every optimizer",
+        type=non_negative,
+        default=5e-4,
+        metavar="LAMBDA",
+    )
+
+
+def load_task(
+    parser: Parser, args: argparse.Namespace, validation: bool = False
+) -> training.Task:
+    """Loads data and model; a bad argument ends the program with one sentence.
+
+    Args:
+      parser: reports what is bad.
+      args: as `add_task_arguments` has them.
+      validation: put a held out part of the training part in the place of the test
+        part.
+    """
+    try:
+        dataset = data.load(args.dataset, args.data_dir)
+    except data.DataError as error:
+        parser.error(str(error))
+    if validation:
+        dataset = data.hold_out(dataset)
+    examples = len(dataset.train_labels)
+    if args.batch_size > examples:
+        parser.error(
+            f"argument --batch-size: {args.batch_size} was given, but there are only "
+            f"{examples} training examples."
+        )
+    return training.Task(
+        dataset,
+        models.build(args.model, dataset.num_classes),
+        label_noise=args.label_noise,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+    )

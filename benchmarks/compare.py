@@ -1,0 +1,273 @@
+"""Compares optimizers: trains one model on real data with each, over several seeds.
+
+For instance:
+
+    python benchmarks/compare.py
+    python benchmarks/compare.py --dataset fashion_mnist --model cnn --epochs 10
+    python benchmarks/compare.py --optimizers sgd msam --rho msam=0.2,msam=0.5,msam=1
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import arguments
+import numpy as np
+import optimizers
+import report
+import training
+from report_compare import (
+    TABLE_WIDTH,
+    Contender,
+    Run,
+    print_report,
+    save,
+    summarise,
+)
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+# One radius for all methods, in the unit of the parameters.
+SHARPNESS_RADIUS = 0.1
+
+_DEFAULT_OPTIMIZERS = ("sgd", "nag", "adam", "sam", "msam", "ae_sam")
+
+
+def compare(
+    task: training.Task,
+    contenders: Sequence[Contender],
+    seeds: int,
+    weight_decay: float,
+    on_epoch: Callable[[str, int], None] = lambda label, advance: None,
+) -> Iterator[Run]:
+    """Trains every contender with every seed.
+
+    The seeds are the outer loop: what slows the machine down for a while does so for
+    all contenders alike.
+
+    Args:
+      task: what is learned.
+      contenders: what is trained.
+      seeds: how many runs each contender gets.
+      weight_decay: of every optimizer.
+      on_epoch: called with what is going on and the number of epochs just finished.
+
+    Yields:
+      Each run when it is finished.
+    """
+    trainers = {}
+    for seed in range(seeds):
+        for contender in contenders:
+            if contender not in trainers:
+                on_epoch(f"compiling {contender}", 0)
+                trainers[contender] = _trainer(task, contender, weight_decay)
+                trainers[contender].warm_up()
+            label = f"{contender}, seed {seed + 1} of {seeds}"
+            on_epoch(label, 0)
+            yield _measure(
+                task,
+                contender,
+                trainers[contender],
+                seed,
+                partial(on_epoch, label, 1),
+            )
+
+
+def _trainer(
+    task: training.Task, contender: Contender, weight_decay: float
+) -> training.Trainer:
+    setting = optimizers.Setting(
+        contender.learning_rate, contender.rho or 0.0, weight_decay, task.total_steps
+    )
+    method = optimizers.METHODS[contender.optimizer]
+    return training.Trainer(task, method.build(setting), method.extra_gradient)
+
+
+def _measure(
+    task: training.Task,
+    contender: Contender,
+    trainer: training.Trainer,
+    seed: int,
+    on_epoch: Callable[[], None],
+) -> Run:
+    losses, accuracies, gradients = [], [], []
+    for epoch in trainer.epochs(seed):
+        evaluate = partial(training.evaluate, task.model, task.weights(epoch.state))
+        test = evaluate(task.test_images, task.test_labels)
+        losses += [epoch.loss, test.loss]
+        accuracies.append(test.accuracy)
+        gradients.append(epoch.gradients)
+        on_epoch()
+    return Run(
+        contender=contender,
+        seed=seed,
+        test_accuracies=accuracies,
+        gradients=gradients,
+        train_accuracy=evaluate(task.train_images, epoch.labels).accuracy,
+        clean_train_accuracy=evaluate(task.train_images, task.clean_labels).accuracy,
+        test_loss=test.loss,
+        sharpness=training.sharpness(
+            task.model,
+            task.weights(epoch.state),
+            task.train_images,
+            epoch.labels,
+            SHARPNESS_RADIUS,
+        ),
+        sam_fraction=epoch.sam_fraction,
+        seconds=epoch.seconds,
+        diverged=not np.isfinite(losses).all(),
+    )
+
+
+def _rhos(text: str) -> list[tuple[str, float]]:
+    pairs = []
+    for item in text.split(","):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise argparse.ArgumentTypeError(
+                f"name=value is needed, for instance msam=1, but {item!r} was given."
+            )
+        if name not in optimizers.METHODS:
+            raise argparse.ArgumentTypeError(
+                f"no optimizer is called {name!r}: choose from "
+                f"{', '.join(optimizers.METHODS)}."
+            )
+        if optimizers.METHODS[name].base is None:
+            raise argparse.ArgumentTypeError(f"{name} has no rho.")
+        pairs.append((name, arguments.finite(value)))
+    return pairs
+
+
+def _parser() -> arguments.Parser:
+    parser = arguments.Parser(__doc__.splitlines()[0])
+    arguments.add_task_arguments(parser, seeds=10)
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        choices=optimizers.METHODS,
+        default=_DEFAULT_OPTIMIZERS,
+        metavar="NAME",
+        help=f"what is compared, of {', '.join(optimizers.METHODS)} "
+        f"(default: {' '.join(_DEFAULT_OPTIMIZERS)})",
+    )
+    parser.add_argument(
+        "--rho",
+        type=_rhos,
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE,...",
+        help="radii in the place of the tuned ones; several for one optimizer, as in "
+        "msam=0.5,msam=1, make a row each",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=arguments.positive,
+        metavar="RATE",
+        help="of every optimizer, in the place of the tuned ones",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write to (default: runs/<dataset>-<model>)",
+    )
+    return parser
+
+
+def _contenders(
+    parser: arguments.Parser, args: argparse.Namespace
+) -> tuple[list[Contender], str]:
+    """What to train, and where the hyper-parameters that were not given come from."""
+    tuned, source = optimizers.load_tuned(args.dataset, args.model)
+    contenders = []
+    for name in args.optimizers:
+        learning_rate, default_rho = optimizers.hyperparameters(name, tuned)
+        rhos = [rho for given, rho in args.rho if given == name] or [default_rho]
+        contenders += [
+            Contender(name, args.learning_rate or learning_rate, rho) for rho in rhos
+        ]
+    for name, _ in args.rho:
+        if name not in args.optimizers:
+            parser.error(f"argument --rho: {name} is not among the --optimizers.")
+    untuned = [name for name in args.optimizers if name not in tuned]
+    if tuned and untuned:
+        source += f"; defaults, not tuned, for {', '.join(untuned)}"
+    given = [f"--{key}" for key in ("learning_rate", "rho") if getattr(args, key)]
+    if given:
+        source += f", but for {' and '.join(given).replace('_', '-')}"
+    return list(dict.fromkeys(contenders)), source
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compares, prints and saves; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    args = parser.parse_args(argv)
+    contenders, source = _contenders(parser, args)
+    task = arguments.load_task(parser, args)
+    out = args.out or Path("runs") / f"{args.dataset}-{args.model}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {out} is no folder to write to ({error}).")
+
+    console = Console()
+    runs: list[Run] = []
+    interrupted = False
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeRemainingColumn(),
+        console=console,
+        # The bar shares the cores with what it measures.
+        refresh_per_second=2,
+    ) as progress:
+        bar = progress.add_task(
+            "starting", total=len(contenders) * args.seeds * args.epochs
+        )
+
+        def on_epoch(label: str, advance: int) -> None:
+            progress.update(bar, description=label, advance=advance)
+
+        try:
+            for run in compare(
+                task, contenders, args.seeds, args.weight_decay, on_epoch
+            ):
+                runs.append(run)
+        except KeyboardInterrupt:
+            interrupted = True
+
+    if interrupted:
+        total = len(contenders) * args.seeds
+        console.print(
+            f"Interrupted: {len(runs)} of {total} runs are finished and kept."
+        )
+    if runs:
+        settings = {
+            "dataset": args.dataset,
+            "model": args.model,
+            "label_noise": args.label_noise,
+            "seeds": args.seeds,
+            "epochs": args.epochs,
+            "batch_size": args.batch_size,
+            "weight_decay": args.weight_decay,
+            "momentum": optimizers.MOMENTUM,
+            "learning_rate_schedule": "cosine to 0",
+            "train_examples": len(task.clean_labels),
+            "test_examples": len(task.test_labels),
+            "sharpness_radius": SHARPNESS_RADIUS,
+            "hyperparameters": source,
+        }
+        figures = save(out, runs, settings, report.provenance("compare.py", argv))
+        wide = Console(width=max(console.width, TABLE_WIDTH))
+        print_report(wide, summarise(runs), settings)
+        for figure in figures:
+            console.print(f"Figure: {figure}", soft_wrap=True)
+    return 130 if interrupted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

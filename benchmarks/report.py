@@ -1,0 +1,94 @@
+"""What the benchmarks write beside their figures: intervals and provenance."""
+
+import json
+import math
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from scipy import stats
+
+
+class Estimate(NamedTuple):
+    """A mean over runs.
+
+    Attributes:
+      mean: over the runs; NaN for none.
+      interval: half the width of the 68% confidence interval of the mean; NaN for
+        less than two runs.
+    """
+
+    mean: float
+    interval: float
+
+    def percent(self, sign: str = "") -> str:
+        """A share as `90.1 ± 0.3`, or `90.1` for a single run; with a sign if `+`."""
+        mean = f"{100 * self.mean:{sign}.1f}"
+        single = math.isnan(self.interval)
+        return mean if single else f"{mean} ± {100 * self.interval:.1f}"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and 68% interval, from Student's t since the runs are few."""
+    count = len(values)
+    mean = float(np.mean(values)) if count else math.nan
+    if count < 2:
+        return Estimate(mean, math.nan)
+    with np.errstate(invalid="ignore"):  # The loss of a diverged run may be infinite.
+        error = float(np.std(values, ddof=1)) / math.sqrt(count)
+    # An interval of 68% leaves 16% on either side.
+    return Estimate(mean, float(stats.t.ppf(0.84, count - 1)) * error)
+
+
+def provenance(script: str, argv: Sequence[str]) -> dict[str, Any]:
+    """What is needed to repeat a measurement: command, versions and machine."""
+    packages = ("jax", "jaxlib", "optax", "flax", "msam_optax", "numpy")
+    device = jax.devices()[0]
+    return {
+        "command": shlex.join(["python", f"benchmarks/{script}", *argv]),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "device": device.device_kind,
+            "platform": device.platform,
+        },
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON, in which a number that is not finite becomes null."""
+    text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def _finite(content: Any) -> Any:
+    match content:
+        case dict():
+            return {key: _finite(value) for key, value in content.items()}
+        case list() | tuple():
+            return [_finite(value) for value in content]
+        case float() if not math.isfinite(content):
+            return None
+    return content
