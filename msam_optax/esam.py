@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from msam_optax._hyperparams import ScalarOrSchedule, check_real
+from msam_optax._hyperparams import ScalarOrSchedule, check_real, static_value
 from msam_optax._numerics import global_norm, statistics_dtype
 from msam_optax.ascent import perturbation
 from msam_optax.ascent_random import stochastic_ascent
@@ -49,6 +49,12 @@ def selected_gradient(
       compares with > and keeps one sample fewer.
     """
     check_real("gamma", gamma, low=0.0, high=1.0, excluded=0.0)
+    if static_value(gamma) is None:
+        raise ValueError(
+            "gamma decides shapes and must be a Python number, but "
+            f"{gamma!r} was given. Under optax.inject_hyperparams name it in "
+            "static_args."
+        )
     ascent = optax.with_extra_args_support(ascent)
 
     def init_fn(params):
@@ -72,11 +78,21 @@ def selected_gradient(
             ascent, updates, state.ascent_state, params, **extra_args
         )
         perturbed = optax.apply_updates(params, epsilon)
-        rise = per_example_loss_fn(perturbed, None) - per_example_losses
+        size = per_example_losses.shape[0]
+
+        def losses(params, indices, expected):
+            given = per_example_loss_fn(params, indices)
+            if jnp.shape(given) != (expected,):
+                raise ValueError(
+                    "per_example_loss_fn must return one loss for each sample asked "
+                    f"for, an array of shape ({expected},), but returned shape "
+                    f"{jnp.shape(given)}."
+                )
+            return given
+
+        rise = losses(perturbed, None, size) - per_example_losses
         _, indices = jax.lax.top_k(rise, count)
-        gradient = jax.grad(lambda p: jnp.mean(per_example_loss_fn(p, indices)))(
-            perturbed
-        )
+        gradient = jax.grad(lambda p: jnp.mean(losses(p, indices, count)))(perturbed)
         norm = global_norm(epsilon).astype(state.perturbation_norm.dtype)
         return gradient, SharpnessAwareState(ascent_state, norm)
 

@@ -36,8 +36,11 @@ def m_sharpness(
     paper. The result is a gradient like any other, to be given to an optimizer.
 
     On several devices the same is had without this function, and with one all-reduce:
-    inside ``shard_map``, where gradients are each device's own, call the
-    transformation's ``update`` and average what it returns with ``jax.lax.pmean``.
+    inside ``shard_map`` call the transformation's ``update`` with each device's own
+    gradient, and average what it returns with ``jax.lax.pmean``. The gradient is a
+    device's own only where the parameters are: ``jax.grad`` at replicated parameters
+    sums over the devices, so mark them first,
+    ``params = jax.lax.pcast(params, "data", to="varying")``.
 
     *Cost*: one extra gradient. *State*: the transformation's, times the shards.
     *Memory*: all shards at once hold one perturbed copy of the parameters and one

@@ -47,6 +47,24 @@ AROUND: dict[str, Callable[[optax.GradientTransformation], Any]] = {
     "ss_sam": lambda base: mo.ss_sam(base, 0.2),
     "ae_sam": lambda base: mo.ae_sam(base, 0.2, total_steps=STEPS),
     "ae_sam, rho schedule": lambda base: mo.ae_sam(base, falling, total_steps=STEPS),
+    "looksam": lambda base: mo.looksam(base, 0.2, k=2),
+    "looksam, per tensor and layer-wise": lambda base: mo.looksam(
+        base, falling, k=3, per_tensor=True, layerwise=True
+    ),
+    "ae_looksam": lambda base: mo.ae_looksam(base, 0.2, total_steps=STEPS),
+    "ae_looksam, asked on every second step": lambda base: mo.ae_looksam(
+        base, falling, total_steps=STEPS, k=2
+    ),
+    "gsam": lambda base: mo.gsam(base, falling),
+    "gradient_norm_penalty": lambda base: mo.gradient_norm_penalty(base, 0.2),
+    "wsam": lambda base: mo.wsam(base, 0.2),
+    "wsam, decoupled": lambda base: mo.wsam(base, 0.2, learning_rate=0.1),
+    "wsam, decoupled, schedules": lambda base: mo.wsam(
+        base, falling, gamma=0.6, learning_rate=falling
+    ),
+    "friendly_sam": lambda base: mo.friendly_sam(base, 0.2),
+    "friendly_sam, rho schedule": lambda base: mo.friendly_sam(base, falling),
+    "fisher_sam": lambda base: mo.fisher_sam(base, 0.2),
     "employ every second": lambda base: optax.chain(
         mo.employ(mo.every(2), sharpness_aware()), base
     ),
@@ -359,6 +377,17 @@ INJECTED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "asam": (mo.asam, dict(optimizer=sgd(), eta=0.01)),
     "ss_sam": (mo.ss_sam, dict(optimizer=sgd(), probability=0.5, seed=3)),
     "ae_sam": (mo.ae_sam, dict(optimizer=sgd(), total_steps=STEPS, delta=0.8)),
+    "looksam": (mo.looksam, dict(optimizer=sgd(), k=2, alpha=0.7)),
+    "ae_looksam": (mo.ae_looksam, dict(optimizer=sgd(), total_steps=STEPS, alpha=0.7)),
+    "gsam": (mo.gsam, dict(optimizer=sgd(), alpha=0.4)),
+    "gradient_norm_penalty": (
+        mo.gradient_norm_penalty,
+        dict(optimizer=sgd(), alpha=0.8),
+    ),
+    "wsam": (mo.wsam, dict(optimizer=sgd(), gamma=0.9)),
+    "wsam, decoupled": (mo.wsam, dict(optimizer=sgd(), gamma=0.9, learning_rate=0.1)),
+    "friendly_sam": (mo.friendly_sam, dict(optimizer=sgd(), sigma=1.0, decay=0.8)),
+    "fisher_sam": (mo.fisher_sam, dict(optimizer=sgd(), eta=0.5)),
     "normalized_ascent": (
         lambda rho: optax.chain(sharpness_aware(rho), sgd()),
         dict(),
