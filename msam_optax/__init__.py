@@ -10,6 +10,7 @@ from msam_optax.aliases import ss_sam as ss_sam
 from msam_optax.ascent import fisher_ascent as fisher_ascent
 from msam_optax.ascent import normalized_ascent as normalized_ascent
 from msam_optax.ascent import unnormalized_ascent as unnormalized_ascent
+from msam_optax.ascent_random import RandomAscentState as RandomAscentState
 from msam_optax.ascent_random import gaussian_ascent as gaussian_ascent
 from msam_optax.ascent_random import stochastic_ascent as stochastic_ascent
 from msam_optax.ascent_scaled import adaptive_ascent as adaptive_ascent
@@ -22,8 +23,10 @@ from msam_optax.employ import EmployState as EmployState
 from msam_optax.employ import employ as employ
 from msam_optax.esam import esam as esam
 from msam_optax.esam import selected_gradient as selected_gradient
+from msam_optax.friendly import FriendlyAscentState as FriendlyAscentState
 from msam_optax.friendly import friendly_ascent as friendly_ascent
 from msam_optax.friendly import friendly_sam as friendly_sam
+from msam_optax.looksam import RememberedGradientState as RememberedGradientState
 from msam_optax.looksam import ae_looksam as ae_looksam
 from msam_optax.looksam import looksam as looksam
 from msam_optax.looksam import remembered_gradient as remembered_gradient
@@ -53,6 +56,7 @@ from msam_optax.sharpness_aware import (
 from msam_optax.train import StepMetrics as StepMetrics
 from msam_optax.train import TrainState as TrainState
 from msam_optax.train import make_train_step as make_train_step
+from msam_optax.wsam import DecoupledSharpnessState as DecoupledSharpnessState
 from msam_optax.wsam import decoupled_sharpness as decoupled_sharpness
 from msam_optax.wsam import wsam as wsam
 

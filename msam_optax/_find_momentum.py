@@ -101,21 +101,21 @@ def _leaf_by_leaf(momentum: Any, params: optax.Params) -> list[Any]:
     return leaves
 
 
+def find_states(tree: Any, kinds: type | tuple[type, ...]) -> list[Any]:
+    """All states of some kinds inside an optimizer's state, outermost first."""
+    found = [tree] if isinstance(tree, kinds) else []
+    for child in jax.tree.leaves(tree, is_leaf=lambda x: x is not tree):
+        if child is not tree:
+            found += find_states(child, kinds)
+    return found
+
+
 def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
 def _state_names(state: Any) -> str:
     """The names of the NamedTuples that make up a state."""
-    names: list[str] = []
-
-    def visit(node):
-        if hasattr(node, "_fields"):
-            names.append(type(node).__name__)
-        children = jax.tree.leaves(node, is_leaf=lambda x: x is not node)
-        for child in children:
-            if child is not node:
-                visit(child)
-
-    visit(state)
-    return ", ".join(dict.fromkeys(names)) or type(state).__name__
+    named = [node for node in find_states(state, tuple) if hasattr(node, "_fields")]
+    names = dict.fromkeys(type(node).__name__ for node in named)
+    return ", ".join(names) or type(state).__name__

@@ -56,6 +56,17 @@ def check_integer(name: str, value: Any, low: int) -> None:
         raise ValueError(f"{name} must be an integer, but {value!r} was given.")
 
 
+def check_transformation(
+    name: str, value: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation, ready for extra arguments; ValueError if it is none."""
+    if not isinstance(value, optax.GradientTransformation):
+        raise ValueError(
+            f"{name} must be an optax.GradientTransformation, but {value!r} was given."
+        )
+    return optax.with_extra_args_support(value)
+
+
 class ScheduleState(NamedTuple):
     """State of a scheduled hyper-parameter.
 

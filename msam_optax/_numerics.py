@@ -15,7 +15,7 @@ def statistics_dtype(tree: Any) -> jnp.dtype:
         jnp.dtype(jnp.float32),
     )
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(
+        raise ValueError(
             "Complex parameters were given, but sharpness-aware perturbations are "
             "defined for real ones: hold the real and the imaginary part as two "
             "parameters."
@@ -77,6 +77,12 @@ def vdot(tree: Any, other: Any) -> jax.Array:
         for x, y in zip(_arrays(tree), _arrays(other), strict=True)
     )
     return sum(products, start=jnp.zeros([], dtype))
+
+
+def orthogonal_part(tree: Any, to: Any) -> Any:
+    """tree less its projection on `to`, over all leaves together."""
+    share = safe_divide(vdot(tree, to), sum_of_squares(to))
+    return add_scaled(tree, -share, to)
 
 
 def _arrays(tree: Any) -> list[jax.Array]:

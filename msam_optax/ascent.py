@@ -244,7 +244,9 @@ def _dual_direction(direction: optax.Updates, p: float) -> optax.Updates:
         q = p / (p - 1)
         # The quotient does not change when g is scaled, and no power overflows then.
         sizes = jax.tree.map(lambda s: safe_divide(s, largest), sizes)
-        powers = jax.tree.map(lambda s: s ** (q - 1), sizes)
+        powers = jax.tree.map(  # whose slope at 0 may be infinite
+            lambda s: jnp.where(s > 0, jnp.where(s > 0, s, 1) ** (q - 1), 0), sizes
+        )
         total = _sum(jax.tree.map(lambda s: s**q, sizes), dtype) ** (1 / p)
     return jax.tree.map(
         lambda g, s: (jnp.sign(g) * safe_divide(s, total)).astype(g.dtype),

@@ -39,7 +39,8 @@ def stochastic_ascent(
     *Position*: inside ``sharpness_aware_gradient`` or ``momentum_perturbation``.
 
     Args:
-      rho: expected radius, in the unit of the parameters; a float or a schedule.
+      rho: radius times beta, in the unit of the parameters; a float or a schedule.
+        Epsilon has length rho/beta, or 0 where nothing takes part.
       beta: probability of taking part, in (0, 1].
       seed: integer seed of the draws.
       by_coordinate: draw for each single weight, as ESAM's paper writes it, and not for
@@ -51,6 +52,13 @@ def stochastic_ascent(
     Raises:
       ValueError: if rho is neither a finite number nor a schedule, beta is outside
         (0, 1], or seed is not an integer.
+
+    >>> import jax.numpy as jnp, msam_optax
+    >>> ascent = msam_optax.stochastic_ascent(rho=0.5, beta=1.0)
+    >>> direction = jnp.array([3.0, 4.0])
+    >>> epsilon, _ = ascent.update(direction, ascent.init(direction))
+    >>> print(epsilon)
+    [0.3 0.4]
 
     References:
       Du et al., `Efficient Sharpness-Aware Minimization for Improved Training of Neural
@@ -91,6 +99,13 @@ def gaussian_ascent(
     Raises:
       ValueError: if rho is neither a finite number nor a schedule, or seed is not an
         integer.
+
+    >>> import jax.numpy as jnp, msam_optax
+    >>> ascent = msam_optax.gaussian_ascent(rho=0.5)
+    >>> direction = jnp.array([3.0, 4.0])
+    >>> epsilon, _ = ascent.update(direction, ascent.init(direction))
+    >>> print(f"{jnp.linalg.norm(epsilon):.2f}")
+    0.50
 
     References:
       Becker, Altrock and Risse, `Momentum-SAM <https://arxiv.org/abs/2401.12033>`_,

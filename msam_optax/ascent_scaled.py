@@ -12,6 +12,7 @@ from msam_optax._numerics import (
     cast_like,
     global_norm,
     safe_divide,
+    safe_sqrt,
     scale,
     statistics_dtype,
 )
@@ -34,7 +35,7 @@ def adaptive_ascent(
 
     Args:
       rho: radius, relative to the weights' size where T is adaptive; a float or a
-        schedule. Larger than SAM's by about ten.
+        schedule. About ten times SAM's.
       eta: added to :math:`|w|`, so that zero weights move too.
       mask: tree of booleans like the parameters (or a prefix), or a function of the
         parameters that returns one: where T is adaptive. The default is the tensors of
@@ -88,6 +89,14 @@ def filterwise_ascent(
       ValueError: if rho is neither a finite number nor a schedule, or ``params`` are
         missing from ``update``.
 
+    >>> import jax.numpy as jnp, msam_optax
+    >>> ascent = msam_optax.filterwise_ascent(rho=1.0)
+    >>> params = jnp.array([[3.0, 0.0], [4.0, 0.0]])  # two filters, one of zeros
+    >>> epsilon, _ = ascent.update(jnp.ones((2, 2)), ascent.init(params), params)
+    >>> print(epsilon.round(2))
+    [[3.54 0.  ]
+     [3.54 0.  ]]
+
     References:
       Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization
       <https://arxiv.org/abs/2102.11600>`_, 2021.
@@ -95,7 +104,7 @@ def filterwise_ascent(
 
     def filter_norm(w):
         axes = tuple(range(w.ndim - 1))
-        return jnp.sqrt(jnp.sum(jnp.square(w), axis=axes, keepdims=True))
+        return safe_sqrt(jnp.sum(jnp.square(w), axis=axes, keepdims=True))
 
     return _sized_ascent(rho, filter_norm, mask, power=2)
 
@@ -121,6 +130,13 @@ def weight_scaled_ascent(
     Raises:
       ValueError: if rho is neither a finite number nor a schedule, or ``params`` are
         missing from ``update``.
+
+    >>> import jax.numpy as jnp, msam_optax
+    >>> ascent = msam_optax.weight_scaled_ascent(rho=0.5)
+    >>> params = jnp.array([3.0, -4.0])
+    >>> epsilon, _ = ascent.update(jnp.ones(2), ascent.init(params), params)
+    >>> print(epsilon)
+    [0.3 0.4]
 
     References:
       Becker, Altrock and Risse, `Momentum-SAM <https://arxiv.org/abs/2401.12033>`_,
@@ -149,6 +165,14 @@ def layerwise_ascent(
     Raises:
       ValueError: if rho is neither a finite number nor a schedule, or ``params`` are
         missing from ``update``.
+
+    >>> import jax.numpy as jnp, msam_optax
+    >>> ascent = msam_optax.layerwise_ascent(rho=0.1)
+    >>> params = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([10.0])}
+    >>> direction = {"a": jnp.array([0.0, 2.0]), "b": jnp.array([-7.0])}
+    >>> epsilon, _ = ascent.update(direction, ascent.init(params), params)
+    >>> print(epsilon["a"], epsilon["b"])
+    [0.  0.5] [-1.]
 
     References:
       Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from msam_optax._hyperparams import check_real
-from msam_optax._numerics import add_scaled, safe_divide, vdot
+from msam_optax._numerics import add_scaled, orthogonal_part
 from msam_optax.sharpness_aware import Combine
 
 
@@ -44,9 +44,7 @@ def surrogate_gap(alpha: float) -> Combine:
     check_real("alpha", alpha)
 
     def combine(clean: optax.Updates, perturbed: optax.Updates) -> optax.Updates:
-        share = safe_divide(vdot(clean, perturbed), vdot(perturbed, perturbed))
-        orthogonal = add_scaled(clean, -share, perturbed)
-        return add_scaled(perturbed, -alpha, orthogonal)
+        return add_scaled(perturbed, -alpha, orthogonal_part(clean, perturbed))
 
     return combine
 

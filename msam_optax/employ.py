@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from msam_optax._hyperparams import check_transformation
 from msam_optax.policy import Policy
 
 # otherwise(updates, inner_state) -> updates
@@ -86,7 +87,7 @@ def employ(
         raise ValueError(
             f"employ needs a Policy first, for instance every(2), but got {policy!r}."
         )
-    transform = optax.with_extra_args_support(transform)
+    transform = check_transformation("transform", transform)
 
     def init_fn(params):
         return EmployState(

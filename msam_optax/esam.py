@@ -7,11 +7,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from msam_optax._hyperparams import ScalarOrSchedule, check_real, static_value
-from msam_optax._numerics import global_norm, statistics_dtype
+from msam_optax._hyperparams import (
+    ScalarOrSchedule,
+    check_real,
+    check_transformation,
+    static_value,
+)
 from msam_optax.ascent import perturbation
 from msam_optax.ascent_random import stochastic_ascent
-from msam_optax.sharpness_aware import SharpnessAwareState, check_params
+from msam_optax.sharpness_aware import (
+    ascended_state,
+    chained,
+    check_params,
+    initial_state,
+)
 
 
 def selected_gradient(
@@ -55,13 +64,10 @@ def selected_gradient(
             f"{gamma!r} was given. Under optax.inject_hyperparams name it in "
             "static_args."
         )
-    ascent = optax.with_extra_args_support(ascent)
+    ascent = check_transformation("ascent", ascent)
 
     def init_fn(params):
-        return SharpnessAwareState(
-            ascent_state=ascent.init(params),
-            perturbation_norm=jnp.zeros([], statistics_dtype(params)),
-        )
+        return initial_state(ascent, params)
 
     def update_fn(
         updates,
@@ -73,11 +79,11 @@ def selected_gradient(
         **extra_args,
     ):
         check_params(params)
-        count = _selected(per_example_losses, per_example_loss_fn, gamma)
+        count = _number_to_keep(per_example_losses, per_example_loss_fn, gamma)
         epsilon, ascent_state = perturbation(
             ascent, updates, state.ascent_state, params, **extra_args
         )
-        perturbed = optax.apply_updates(params, epsilon)
+        ascended = optax.apply_updates(params, epsilon)
         size = per_example_losses.shape[0]
 
         def losses(params, indices, expected):
@@ -90,11 +96,10 @@ def selected_gradient(
                 )
             return given
 
-        rise = losses(perturbed, None, size) - per_example_losses
+        rise = losses(ascended, None, size) - per_example_losses
         _, indices = jax.lax.top_k(rise, count)
-        gradient = jax.grad(lambda p: jnp.mean(losses(p, indices, count)))(perturbed)
-        norm = global_norm(epsilon).astype(state.perturbation_norm.dtype)
-        return gradient, SharpnessAwareState(ascent_state, norm)
+        gradient = jax.grad(lambda p: jnp.mean(losses(p, indices, count)))(ascended)
+        return gradient, ascended_state(ascent_state, params, ascended)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -116,7 +121,7 @@ def esam(
 
     Args:
       optimizer: the whole base optimizer, weight decay included.
-      rho: expected radius; a float or a schedule.
+      rho: beta times the radius; a float or a schedule.
       beta: probability with which a parameter is perturbed, in (0, 1].
       gamma: share of the samples kept, in (0, 1].
       seed: of the draws.
@@ -140,10 +145,10 @@ def esam(
       Networks <https://arxiv.org/abs/2110.03141>`_, ICLR 2022.
     """
     ascent = stochastic_ascent(rho, beta, seed, by_coordinate)
-    return optax.chain(selected_gradient(ascent, gamma), optimizer)
+    return chained(selected_gradient(ascent, gamma), optimizer)
 
 
-def _selected(losses: Any, loss_fn: Any, gamma: float) -> int:
+def _number_to_keep(losses: Any, loss_fn: Any, gamma: float) -> int:
     """How many samples to keep, once what selects them is there."""
     if losses is None or not callable(loss_fn):
         raise ValueError(

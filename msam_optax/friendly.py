@@ -19,7 +19,7 @@ from msam_optax._numerics import (
     safe_divide,
     scale,
 )
-from msam_optax.sharpness_aware import sharpness_aware_gradient
+from msam_optax.sharpness_aware import chained, sharpness_aware_gradient
 
 
 class FriendlyAscentState(NamedTuple):
@@ -65,6 +65,14 @@ def friendly_ascent(
     Raises:
       ValueError: if rho is neither a finite number nor a schedule, sigma is not a
         finite number, or decay is outside [0, 1].
+
+    >>> import jax.numpy as jnp, msam_optax
+    >>> ascent = msam_optax.friendly_ascent(rho=0.5)
+    >>> state = ascent.init(jnp.zeros(2))
+    >>> _, state = ascent.update(jnp.array([3.0, 0.0]), state)
+    >>> epsilon, _ = ascent.update(jnp.array([3.0, 4.0]), state)  # less the mean
+    >>> print(epsilon)
+    [0.  0.5]
 
     References:
       Li et al., `Friendly Sharpness-Aware Minimization
@@ -128,4 +136,4 @@ def friendly_sam(
       <https://arxiv.org/abs/2403.12350>`_, CVPR 2024.
     """
     ascent = friendly_ascent(rho, sigma, decay)
-    return optax.chain(sharpness_aware_gradient(ascent), optimizer)
+    return chained(sharpness_aware_gradient(ascent), optimizer)

@@ -10,14 +10,18 @@ from msam_optax._numerics import (
     add_scaled,
     cast_like,
     global_norm,
+    orthogonal_part,
     safe_divide,
-    vdot,
 )
 from msam_optax.ascent import normalized_ascent
 from msam_optax.ascent_scaled import layerwise_ascent
 from msam_optax.employ import Otherwise, employ
 from msam_optax.policy import Policy, adaptive, every
-from msam_optax.sharpness_aware import SharpnessAwareState, sharpness_aware_gradient
+from msam_optax.sharpness_aware import (
+    SharpnessAwareState,
+    chained,
+    sharpness_aware_gradient,
+)
 
 
 class RememberedGradientState(NamedTuple):
@@ -56,6 +60,14 @@ def remembered_gradient(
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` that needs ``params`` and
       ``grad_fn``; its errors are those of ``sharpness_aware_gradient``.
+
+    >>> import msam_optax, optax
+    >>> looksam = msam_optax.employ(
+    ...     msam_optax.every(5),
+    ...     msam_optax.remembered_gradient(msam_optax.normalized_ascent(0.05)),
+    ...     otherwise=msam_optax.reuse(alpha=0.7),
+    ... )
+    >>> tx = optax.chain(looksam, optax.sgd(0.1, momentum=0.9))
     """
     sharpness_aware = sharpness_aware_gradient(ascent)
 
@@ -65,15 +77,11 @@ def remembered_gradient(
             orthogonal=optax.tree.zeros_like(params),
         )
 
-    def project(clean, perturbed):
-        share = safe_divide(vdot(clean, perturbed), vdot(clean, clean))
-        return add_scaled(perturbed, -share, clean)
-
     def update_fn(updates, state, params=None, **extra_args):
         perturbed, sharpness_aware_state = sharpness_aware.update(
             updates, state.sharpness_aware_state, params, **extra_args
         )
-        orthogonal = _by_tensor(project, per_tensor)(updates, perturbed)
+        orthogonal = _by_tensor(orthogonal_part, per_tensor)(perturbed, updates)
         return perturbed, RememberedGradientState(
             sharpness_aware_state=sharpness_aware_state,
             orthogonal=cast_like(orthogonal, state.orthogonal),
@@ -93,7 +101,7 @@ def reuse(alpha: float, per_tensor: bool = False) -> Otherwise:
 
     Returns:
       A function for the ``otherwise`` of :func:`msam_optax.employ` around
-      :func:`remembered_gradient`.
+      :func:`remembered_gradient`, which has an example.
 
     Raises:
       ValueError: if alpha is not a finite number.
@@ -159,7 +167,7 @@ def looksam(
       Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
       <https://arxiv.org/abs/2203.02714>`_, CVPR 2022.
     """
-    return optax.chain(
+    return chained(
         _employ_and_reuse(every(k), rho, alpha, per_tensor, layerwise), optimizer
     )
 
@@ -214,7 +222,7 @@ def ae_looksam(
     policy = adaptive(total_steps, delta, lambda_1, lambda_2)
     if k is not None:
         policy = every(k) & policy
-    return optax.chain(
+    return chained(
         _employ_and_reuse(policy, rho, alpha, per_tensor, layerwise), optimizer
     )
 

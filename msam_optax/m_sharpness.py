@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from msam_optax._hyperparams import check_integer
+from msam_optax._hyperparams import check_integer, check_transformation
+from msam_optax._numerics import add_scaled, cast_like, statistics_dtype
 
 
 class MSharpness(NamedTuple):
@@ -48,7 +49,8 @@ def m_sharpness(
 
     Args:
       transform: what each shard does, for instance
-        ``sharpness_aware_gradient(normalized_ascent(0.05))``.
+        ``sharpness_aware_gradient(normalized_ascent(0.05))``. One that draws random
+        numbers draws alike in all shards.
       shards: how many, a divisor of the batch's size.
       sequential: one shard after the other (``lax.scan``) and not all at once
         (``vmap``), for less memory. On CPU a convolution's gradient is very slow so.
@@ -73,7 +75,7 @@ def m_sharpness(
       Generalization <https://arxiv.org/abs/2010.01412>`_, 2021, section 4.1.
     """
     check_integer("shards", shards, low=1)
-    transform = optax.with_extra_args_support(transform)
+    transform = check_transformation("transform", transform)
 
     def init(params):
         return jax.tree.map(
@@ -81,10 +83,10 @@ def m_sharpness(
         )
 
     def split(x):
-        if x.shape[0] % shards:
+        if jnp.ndim(x) == 0 or x.shape[0] % shards:
             raise ValueError(
-                f"shards must divide the batch, but a batch of {x.shape[0]} and "
-                f"shards={shards} were given."
+                "shards must divide the first axis of all of the batch, but an array "
+                f"of shape {list(jnp.shape(x))} and shards={shards} were given."
             )
         return x.reshape(shards, x.shape[0] // shards, *x.shape[1:])
 
@@ -100,12 +102,14 @@ def m_sharpness(
             gradients, state = jax.vmap(one)(state, samples)
             return jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients), state
 
-        def accumulate(total, shard):
+        def accumulate(mean, shard):
             gradient, state = one(*shard)
-            return optax.tree.add(total, gradient), state
+            return add_scaled(mean, 1 / shards, gradient), state
 
-        zeros = optax.tree.zeros_like(params)
-        total, state = jax.lax.scan(accumulate, zeros, (state, samples))
-        return jax.tree.map(lambda g: g / shards, total), state
+        # The mean is formed in float32 at least, as jnp.mean does above.
+        zeros = optax.tree.zeros_like(params, dtype=statistics_dtype(params))
+        mean, state = jax.lax.scan(accumulate, zeros, (state, samples))
+        first = jax.tree.map(lambda x: x[0], samples)
+        return cast_like(mean, jax.eval_shape(batch_grad_fn, params, first)), state
 
     return MSharpness(init, gradient)

@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from msam_optax._find_momentum import find_momentum, is_like
+from msam_optax._find_momentum import find_momentum, find_states, is_like
 from msam_optax._hyperparams import (
     ScalarOrSchedule,
     check_scalar_or_schedule,
+    check_transformation,
     init_schedule,
     read_schedule,
     static_value,
@@ -98,7 +99,7 @@ def momentum_perturbation(
       inner: the whole base optimizer.
       rho: length of the perturbation, in the unit of the parameters; a float or a
         schedule, read at the same count as a learning rate. May be negative. The
-        number 0 gives the inner optimizer itself, bit for bit.
+        number 0 (without momentum_fn) gives the inner optimizer itself, bit for bit.
       ascent: makes the perturbation of the momentum in place of rho, for instance
         :func:`msam_optax.adaptive_ascent`.
       momentum_fn: ``momentum_fn(inner_state) -> momentum``, a tree like the parameters.
@@ -156,7 +157,7 @@ def scaled_momentum_perturbation(
         v computed from v', XLA may write v' over v meanwhile, instead of keeping both.
     """
     check_scalar_or_schedule("rho", rho)
-    inner = optax.with_extra_args_support(inner)
+    inner = check_transformation("inner", inner)
     if static_value(rho) == 0:
         # Adding zeros would round differently; and a state without a scale can't take
         # over perturbed parameters from another rho's checkpoint unnoticed.
@@ -164,6 +165,7 @@ def scaled_momentum_perturbation(
 
     def init_fn(params):
         inner_state = inner.init(params)
+        _check_inner(inner_state)
         find_momentum(inner_state, params)  # raises here rather than in update
         return MomentumPerturbationState(
             inner_state=inner_state,
@@ -203,8 +205,8 @@ def _stored_perturbation(
     ascent: optax.GradientTransformation,
     momentum_fn: MomentumFn | None,
 ) -> optax.GradientTransformationExtraArgs:
-    inner = optax.with_extra_args_support(inner)
-    ascent = optax.with_extra_args_support(ascent)
+    inner = check_transformation("inner", inner)
+    ascent = check_transformation("ascent", ascent)
 
     def momentum_of(inner_state, params):
         if momentum_fn is None:
@@ -220,6 +222,7 @@ def _stored_perturbation(
 
     def init_fn(params):
         inner_state = inner.init(params)
+        _check_inner(inner_state)
         momentum_of(inner_state, params)  # raises here rather than in update
         return StoredPerturbationState(
             inner_state=inner_state,
@@ -276,13 +279,13 @@ def eval_params(state: optax.OptState, params: optax.Params) -> optax.Params:
     >>> print(msam_optax.eval_params(state, params))
     [1. 2.]
     """
-    if state is None or _perturbation_states(params) or is_like(state, params):
+    if state is None or find_states(params, _PERTURBED) or is_like(state, params):
         raise ValueError(
             "eval_params(state, params) needs an optimizer state first and its "
             f"parameters second, but {type(state).__name__} and "
             f"{type(params).__name__} were given: were they swapped?"
         )
-    for found in _perturbation_states(state):
+    for found in find_states(state, _PERTURBED):
         params = _unperturbed(found, params)
     return params
 
@@ -290,7 +293,7 @@ def eval_params(state: optax.OptState, params: optax.Params) -> optax.Params:
 def perturbation_norm(state: optax.OptState, params: optax.Params) -> jax.Array:
     """l2 norm of the momentum perturbations that are on the parameters now."""
     total = jnp.zeros([], statistics_dtype(params))
-    for found in _perturbation_states(state):
+    for found in find_states(state, _PERTURBED):
         if isinstance(found, StoredPerturbationState):
             norm = global_norm(found.perturbation)
         else:
@@ -299,16 +302,12 @@ def perturbation_norm(state: optax.OptState, params: optax.Params) -> jax.Array:
     return total
 
 
+_PERTURBED = (MomentumPerturbationState, StoredPerturbationState)
+
 _FOREIGN_STATE = (
     "The optimizer state does not belong to these parameters: the perturbation inside "
     "it has another structure or other shapes."
 )
-
-
-def _perturbation_states(tree: Any) -> list[Any]:
-    kinds = (MomentumPerturbationState, StoredPerturbationState)
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kinds))
-    return [leaf for leaf in leaves if isinstance(leaf, kinds)]
 
 
 def _unperturbed(state: Any, params: optax.Params) -> optax.Params:
@@ -347,4 +346,12 @@ def _check_params(params: Any) -> None:
         raise ValueError(
             "MSAM moves the parameters it is given, but params were None: call "
             "update(grads, state, params)."
+        )
+
+
+def _check_inner(inner_state: Any) -> None:
+    if find_states(inner_state, _PERTURBED):
+        raise ValueError(
+            "The inner optimizer is itself perturbed along its momentum; "
+            "momentum_perturbation (msam, adamw_msam) must not be nested."
         )

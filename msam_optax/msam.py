@@ -33,18 +33,19 @@ def msam(
     before it decays the perturbed parameters, as the authors do.
 
     It equals ``momentum_perturbation(optax.sgd(learning_rate, momentum), rho)``, state
-    and all, but moves fewer bytes and needs no temporary memory: it computes the old
-    momentum as :math:`(v_{t+1} - g)/\mu`. That leaves an error of about
-    :math:`\epsilon\,\rho\,\|g\|/(\mu\|v_t\|)` in the weights, :math:`\epsilon` the
-    precision of their dtype, which is below their rounding in all ordinary training.
-    Where gradients vanish altogether for a hundred steps and more and then return, as
-    with a sparse reward, use the ``momentum_perturbation``.
+    and all. Under ``jit``, with a Python number of at least 0.1 for the momentum and at
+    least 32 bits in its dtype, it moves fewer bytes and needs no temporary memory: it
+    computes the old momentum as :math:`(v_{t+1} - g)/\mu`. That leaves an error of
+    about :math:`\epsilon\,\rho\,\|g\|/(\mu\|v_t\|)` in the weights, :math:`\epsilon`
+    the precision of their dtype, which is below their rounding in all ordinary
+    training. Where gradients vanish altogether for a hundred steps and more and then
+    return, as with a sparse reward, use the ``momentum_perturbation``.
 
     Args:
       learning_rate: eta; a float or a schedule.
       momentum: mu, decay of the momentum.
       rho: length of the perturbation, in the unit of the parameters; a float or a
-        schedule. Search on a log grid around ten times SAM's.
+        schedule. Search on a log grid from SAM's rho to twenty times that.
       nesterov: use Nesterov's momentum for the step.
       accumulator_dtype: dtype of the momentum, by default the gradient's.
 

@@ -5,6 +5,15 @@ A :class:`Policy` is a pair of pure functions, ``init(params) -> state`` and
 scalar decision. :func:`msam_optax.employ` asks it on every step, so that running
 statistics see every gradient. Policies combine, ``between(500) & adaptive(1000)``;
 write your own as a function that returns a ``Policy``.
+
+>>> import jax.numpy as jnp, msam_optax
+>>> policy = msam_optax.between(1, 5) & msam_optax.every(2)
+>>> state, decisions = policy.init(jnp.zeros(3)), []
+>>> for _ in range(8):
+...     decision, state = policy.decide(jnp.ones(3), state)
+...     decisions.append(int(decision))
+>>> decisions
+[0, 0, 1, 0, 1, 0, 0, 0]
 """
 
 from collections.abc import Callable

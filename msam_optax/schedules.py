@@ -1,8 +1,7 @@
 """Schedules for rho."""
 
-from typing import Any
-
 import jax.numpy as jnp
+import optax
 
 from msam_optax._hyperparams import (
     ScalarOrSchedule,
@@ -17,7 +16,7 @@ def rho_like_learning_rate(
     rho_min: float,
     learning_rate_max: float,
     learning_rate_min: float = 0.0,
-) -> Any:
+) -> optax.Schedule:
     r"""A rho that rises and falls with the learning rate.
 
     .. math::

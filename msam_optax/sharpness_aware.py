@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from msam_optax._hyperparams import check_transformation
 from msam_optax._numerics import global_norm, statistics_dtype
 from msam_optax.ascent import perturbation
 
@@ -59,7 +60,8 @@ def sharpness_aware_gradient(
       loss on the same batch with the same random key as the updates.
 
     Raises:
-      ValueError: in ``update``, if ``params`` or ``grad_fn`` is missing or ``grad_fn``
+      ValueError: if ascent is no transformation or combine no function; in ``update``,
+        if ``params`` or ``grad_fn`` is missing or ``grad_fn``
         returns something else than a gradient like the updates.
 
     >>> import jax, jax.numpy as jnp, msam_optax, optax
@@ -79,13 +81,15 @@ def sharpness_aware_gradient(
       Generalization <https://arxiv.org/abs/2010.01412>`_, 2021. The authors' code
       perturbs along each accelerator's own gradient; here that choice is ``grad_fn``'s.
     """
-    ascent = optax.with_extra_args_support(ascent)
+    ascent = check_transformation("ascent", ascent)
+    if combine is not None and not callable(combine):
+        raise ValueError(
+            "combine must be a function (clean, perturbed) -> gradient or None, but "
+            f"{combine!r} was given."
+        )
 
     def init_fn(params):
-        return SharpnessAwareState(
-            ascent_state=ascent.init(params),
-            perturbation_norm=jnp.zeros([], statistics_dtype(params)),
-        )
+        return initial_state(ascent, params)
 
     def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
         check_params(params)
@@ -95,7 +99,8 @@ def sharpness_aware_gradient(
             return perturbation(ascent, clean, state.ascent_state, params, **extra_args)
 
         epsilon, ascent_state = ascend(updates, params)
-        perturbed = grad_fn(optax.apply_updates(params, epsilon))
+        ascended = optax.apply_updates(params, epsilon)
+        perturbed = grad_fn(ascended)
         _check_gradient(perturbed, updates)
         if second_order:
             # d/dw L(w + epsilon(w)) = (I + d epsilon/dw)^T grad L(w + epsilon)
@@ -103,10 +108,38 @@ def sharpness_aware_gradient(
             (through_epsilon,) = vjp(perturbed)
             perturbed = optax.tree.add(perturbed, through_epsilon)
         gradient = perturbed if combine is None else combine(updates, perturbed)
-        norm = global_norm(epsilon).astype(state.perturbation_norm.dtype)
-        return gradient, SharpnessAwareState(ascent_state, norm)
+        return gradient, ascended_state(ascent_state, params, ascended)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def chained(
+    transform: optax.GradientTransformation, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """The chain of a transformation of the gradient and a whole optimizer."""
+    return optax.chain(transform, check_transformation("optimizer", optimizer))
+
+
+def initial_state(
+    ascent: optax.GradientTransformation, params: optax.Params
+) -> SharpnessAwareState:
+    """The state before the first ascent."""
+    return SharpnessAwareState(
+        ascent_state=ascent.init(params),
+        perturbation_norm=jnp.zeros([], statistics_dtype(params)),
+    )
+
+
+def ascended_state(
+    ascent_state: optax.OptState, params: optax.Params, ascended: optax.Params
+) -> SharpnessAwareState:
+    """The state after an ascent from params to where the gradient was taken.
+
+    The norm is that of the difference: both are there anyway, while of epsilon itself
+    XLA would keep a copy, and another of its square.
+    """
+    norm = global_norm(optax.tree.sub(ascended, params))
+    return SharpnessAwareState(ascent_state, norm.astype(statistics_dtype(params)))
 
 
 def check_params(params: Any) -> None:
@@ -114,7 +147,7 @@ def check_params(params: Any) -> None:
     if params is None:
         raise ValueError(
             "A sharpness-aware gradient is taken at params + epsilon, but params were "
-            "None: call update(updates, state, params, grad_fn=grad_fn)."
+            "None: pass params to update."
         )
 
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from msam_optax._find_momentum import find_states
+from msam_optax._hyperparams import check_transformation
 from msam_optax._numerics import global_norm
 from msam_optax.employ import EmployState
 from msam_optax.momentum import perturbation_norm
@@ -125,14 +127,18 @@ def make_train_step(
         raise ValueError(
             f'dispatch must be "auto", "in_graph" or "host", not {dispatch!r}.'
         )
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = check_transformation("optimizer", optimizer)
+    if not callable(loss_fn):
+        raise ValueError(f"loss_fn must be a function, but {loss_fn!r} was given.")
 
     def mean_loss(params, model_state, batch, key):
         losses, (model_state, aux) = loss_fn(params, model_state, batch, key)
         return jnp.mean(losses), (losses, model_state, aux)
 
+    # Jitted, so that the two passes are traced once.
+    value_and_grad = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))
+
     def clean_pass(state, batch, key):
-        value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
         (loss, (losses, model_state, aux)), grads = value_and_grad(
             state.params, state.model_state, batch, key
         )
@@ -140,9 +146,7 @@ def make_train_step(
 
     def finish(state, clean, batch, key, employed=None):
         def grad_fn(params):
-            return jax.grad(mean_loss, has_aux=True)(
-                params, state.model_state, batch, key
-            )[0]
+            return value_and_grad(params, state.model_state, batch, key)[1]
 
         def per_example_loss_fn(params, indices=None):
             samples = batch
@@ -172,26 +176,26 @@ def make_train_step(
         clean = clean_pass(state, batch, key)
         # Of this update only the decision is returned: XLA drops all else.
         new_state, _ = finish(state, clean, batch, key, employed=False)
-        (employ_state,) = _find(new_state.opt_state, EmployState)
+        (employ_state,) = find_states(new_state.opt_state, EmployState)
         return clean, employ_state.employed
 
     donated = (0,) if donate else ()
     in_graph = jax.jit(whole_step, donate_argnums=donated)
-    decide = jax.jit(decide)
-    finish = jax.jit(finish, static_argnames="employed", donate_argnums=donated)
+    first_half = jax.jit(decide)
+    second_half = jax.jit(finish, static_argnames="employed", donate_argnums=donated)
 
     def step(state, batch, key):
         if not _from_host(dispatch, state):
             return in_graph(state, batch, key)
-        clean, decision = decide(state, batch, key)
-        return finish(state, clean, batch, key, employed=bool(decision))
+        clean, decision = first_half(state, batch, key)
+        return second_half(state, clean, batch, key, employed=bool(decision))
 
     return step
 
 
 def _from_host(dispatch: Dispatch, state: TrainState) -> bool:
     """Whether to dispatch from the host, as asked for or as fits."""
-    places = len(_find(state.opt_state, EmployState))
+    places = len(find_states(state.opt_state, EmployState))
     leaves = jax.tree.leaves((state.params, state.opt_state))
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
     if dispatch == "host" and traced:
@@ -217,8 +221,8 @@ def _platform(leaves: list[Any]) -> str:
 
 
 def _metrics(state: TrainState, clean: _CleanPass) -> StepMetrics:
-    ascents = _find(state.opt_state, SharpnessAwareState)
-    employs = _find(state.opt_state, EmployState)
+    ascents = find_states(state.opt_state, SharpnessAwareState)
+    employs = find_states(state.opt_state, EmployState)
     if employs:
         employed = jnp.any(jnp.stack([e.employed for e in employs]))
         fraction = jnp.max(
@@ -238,18 +242,3 @@ def _metrics(state: TrainState, clean: _CleanPass) -> StepMetrics:
         employed_fraction=fraction,
         aux=clean.aux,
     )
-
-
-def _find(state: optax.OptState, kind: type) -> list[Any]:
-    """All states of one kind inside an optimizer's state, outermost first."""
-    found = []
-
-    def visit(node):
-        if isinstance(node, kind):
-            found.append(node)
-        for child in jax.tree.leaves(node, is_leaf=lambda x: x is not node):
-            if child is not node:
-                visit(child)
-
-    visit(state)
-    return found

@@ -8,13 +8,18 @@ from msam_optax._hyperparams import (
     ScalarOrSchedule,
     check_real,
     check_scalar_or_schedule,
+    check_transformation,
     init_schedule,
     read_schedule,
 )
 from msam_optax._numerics import add_scaled
 from msam_optax.ascent import normalized_ascent
 from msam_optax.combine import interpolate
-from msam_optax.sharpness_aware import SharpnessAwareState, sharpness_aware_gradient
+from msam_optax.sharpness_aware import (
+    SharpnessAwareState,
+    chained,
+    sharpness_aware_gradient,
+)
 
 
 class DecoupledSharpnessState(NamedTuple):
@@ -76,7 +81,7 @@ def wsam(
     ascent = normalized_ascent(rho)
     if learning_rate is None:
         transform = sharpness_aware_gradient(ascent, interpolate(alpha))
-        return optax.chain(transform, optimizer)
+        return chained(transform, optimizer)
     return decoupled_sharpness(optimizer, ascent, alpha, learning_rate)
 
 
@@ -88,8 +93,9 @@ def decoupled_sharpness(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds :math:`-\eta\alpha\,(\tilde g - g)` to an optimizer's updates.
 
-    *Cost*: one extra gradient. *State*: the optimizer's, and one scalar, one more for
-    each schedule. *Position*: outermost; the optimizer sees the clean gradient.
+    *Cost*: one extra gradient. *State*: the optimizer's and the ascent's, and one
+    scalar, one more for a schedule. *Position*: outermost; the optimizer sees the clean
+    gradient.
 
     Args:
       optimizer: the whole base optimizer.
@@ -105,7 +111,8 @@ def decoupled_sharpness(
       ValueError: if learning_rate is neither a finite number nor a schedule.
     """
     check_scalar_or_schedule("learning_rate", learning_rate)
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = check_transformation("optimizer", optimizer)
+    check_real("alpha", alpha)
     sharpness = sharpness_aware_gradient(
         ascent, combine=lambda clean, perturbed: optax.tree.sub(perturbed, clean)
     )

@@ -1655,7 +1655,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "no params": (lambda: select(params=None), "params were None"),
     "shards that do not divide": (
         lambda: sharded(4),
-        "shards must divide the batch, but a batch of 6 and shards=4 were given",
+        r"shards must divide the first axis .* shape \[6, 3\] and shards=4 were given",
     ),
     "no shards": (lambda: sharded(0), "shards must be .* 0 was given"),
     "half a shard": (lambda: sharded(1.5), "shards must be an integer, but 1.5"),
@@ -1672,3 +1672,28 @@ def test_bad_input_is_told_what_is_needed(name):
 def test_the_smallest_batch_that_gamma_needs_is_enough():
     _, state = select(1 / 6)
     assert float(state.perturbation_norm) == pytest.approx(0.1)
+
+
+def test_a_sequence_of_shards_forms_the_mean_in_float32():
+    # Four gradients of 3e4 add up to more than float16 holds.
+    sharded = mo.m_sharpness(optax.identity(), shards=4, sequential=True)
+    params, batch = jnp.ones(2, jnp.float16), jnp.zeros(8)
+
+    def grad_fn(params: Any, batch: Any) -> Any:
+        return jnp.full(2, 3e4, params.dtype)
+
+    gradient, _ = sharded.gradient(grad_fn, sharded.init(params), params, batch)
+    assert gradient.dtype == jnp.float16
+    np.testing.assert_allclose(gradient, 3e4, rtol=1e-3)
+
+
+def test_shards_in_sequence_take_gradients_of_another_dtype():
+    sharded = mo.m_sharpness(optax.identity(), shards=2, sequential=True)
+    params, batch = jnp.ones(2, jnp.bfloat16), jnp.arange(4.0)
+
+    def grad_fn(params: Any, batch: Any) -> Any:
+        return jnp.full(2, jnp.mean(batch))
+
+    gradient, _ = sharded.gradient(grad_fn, sharded.init(params), params, batch)
+    assert gradient.dtype == jnp.float32
+    np.testing.assert_allclose(gradient, 1.5)

@@ -790,3 +790,11 @@ def test_parameters_named_like_states_are_no_momenta():
         mo.momentum_perturbation(base, RHO).init(params)
     with raises("No momentum"):
         mo.momentum_perturbation(optax.rmsprop(0.1), RHO).init(params)
+
+
+@pytest.mark.parametrize(
+    "inner", [mo.msam(0.1), optax.chain(optax.clip(1.0), mo.adamw_msam(0.1))]
+)
+def test_msam_inside_msam_is_refused(inner):
+    with pytest.raises(ValueError, match="must not be nested"):
+        mo.momentum_perturbation(inner, rho=0.1).init(jnp.ones(3))

@@ -216,7 +216,7 @@ def update(**given: Any) -> Any:
 @pytest.mark.parametrize(
     "given, message",
     [
-        (dict(params=None), "params were None: call update"),
+        (dict(params=None), "params were None: pass params to update"),
         (dict(grad_fn=None), "needs the keyword grad_fn, .* but grad_fn=None"),
         (dict(grad_fn=PARAMS), "needs the keyword grad_fn"),
         (
@@ -264,3 +264,43 @@ def test_a_missing_grad_fn_is_told_how_to_be_given_through_a_chain():
     tx = mo.sam(optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"grad_fn=jax\.grad\(loss\)"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+# What no type checker lets pass.
+train_step: Any = mo.make_train_step
+sharpness_aware: Any = mo.sharpness_aware_gradient
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: mo.sharpness_aware_gradient(0.05), "ascent must be .* but 0.05"),
+        (lambda: mo.sam(0.1), "optimizer must be .* but 0.1 was given"),
+        (lambda: mo.wsam(0.1, learning_rate=0.1), "optimizer must be .* but 0.1"),
+        (lambda: mo.employ(mo.every(2), "sam"), "transform must be .* but 'sam'"),
+        (lambda: mo.momentum_perturbation(0.1, rho=0.1), "inner must be .* but 0.1"),
+        (lambda: train_step(print, 0.1), "optimizer must be .* but 0.1"),
+        (lambda: train_step(1, optax.sgd(0.1)), "loss_fn must be a function"),
+        (
+            lambda: sharpness_aware(mo.normalized_ascent(0.1), 0.5),
+            "combine must be a function .* but 0.5",
+        ),
+    ],
+)
+def test_what_is_no_transformation_is_refused_when_built(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    "ascent",
+    [mo.normalized_ascent(0.1, p=3), mo.filterwise_ascent(0.1)],
+    ids=["p=3", "filterwise"],
+)
+def test_second_order_terms_survive_zeros(ascent):
+    # The last filter is zero, and so is its gradient.
+    params = jnp.array([[1.0, 2.0, 0.0], [3.0, -1.0, 0.0]])
+    tx = mo.sharpness_aware_gradient(ascent, second_order=True)
+    grad_fn = jax.grad(lambda w: jnp.sum(w**4))
+    gradient, _ = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
+    assert bool(jnp.all(jnp.isfinite(gradient)))

@@ -1,0 +1,432 @@
+"""Measures what optimizers cost: time, memory and FLOPs, over their base optimizer.
+
+python benchmarks/step_cost.py
+python benchmarks/step_cost.py --peers /path/to/a/python/with/torch
+python benchmarks/step_cost.py --full
+python benchmarks/step_cost.py --quick --out /tmp/step_cost
+"""
+
+import argparse
+import inspect
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import arguments
+import jax
+import jax.numpy as jnp
+import optax
+import optimizers
+import report
+import tables
+import timing
+import workloads
+from cost_methods import (
+    ACCELERATOR_BARS,
+    CPU_BARS,
+    METHODS,
+    NO_BARS,
+    Bars,
+    Method,
+)
+from report_step_cost import (
+    Measured,
+    PeerCost,
+    StepCost,
+    UpdateCost,
+    print_report,
+    save,
+)
+from rich.console import Console
+
+import msam_optax
+
+# Every branch of every optimizer but the one that never employs runs in these.
+_WARM_UP_STEPS = 5
+# Of the update alone: many more bytes than caches hold, in several tensors.
+_PARAMETERS = {"quick": 10_000, "cpu": 30_000_000, "full": 100_000_000}
+_UPDATE_ROUNDS = {"quick": 2, "cpu": 30, "full": 100}
+_TENSORS = 10
+_UPDATES = tuple(name for name, method in METHODS.items() if method.update_alone)
+
+
+class Program(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+      trace_seconds: for tracing and lowering.
+      compile_seconds: in XLA.
+      temporary_bytes: over its arguments and results.
+      argument_bytes: of its arguments.
+      flops: as XLA counts them; of a conditional the dearest branch.
+      accessed_bytes: what its instructions read and write, as XLA counts them.
+    """
+
+    trace_seconds: float
+    compile_seconds: float
+    temporary_bytes: int
+    argument_bytes: int
+    flops: float
+    accessed_bytes: float
+
+
+def compile_program(function: Any, *args: Any, **kwargs: Any) -> Program:
+    """Compiles a jitted function, whose calls then find it compiled."""
+    start = time.perf_counter()
+    lowered = function.lower(*args, **kwargs)
+    middle = time.perf_counter()
+    compiled = lowered.compile()
+    end = time.perf_counter()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    return Program(
+        trace_seconds=middle - start,
+        compile_seconds=end - middle,
+        temporary_bytes=memory.temp_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        flops=cost.get("flops", 0.0),
+        accessed_bytes=cost.get("bytes accessed", 0.0),
+    )
+
+
+class Trial:
+    """One optimizer in training.
+
+    Attributes:
+      state_bytes: of the optimizer's state.
+      employs: whether the optimizer takes its extra gradient on some steps only.
+      plain: the programs of a step without the extra gradient.
+      employed: the programs of a step with it; the same ones where the decision is
+        made in the program, or there is none to make.
+    """
+
+    def __init__(
+        self, problem: workloads.Problem, method: Method, total_steps: int
+    ) -> None:
+        optimizer = method.build(total_steps)
+        self._calls = method.calls
+        self._batches = itertools.cycle(problem.batches)
+        self._key = jax.random.key(1)
+        self._step = msam_optax.make_train_step(problem.loss_fn, optimizer)
+        self._state = problem.start(optimizer)
+        self.state_bytes = _size(self._state.opt_state)
+        self.employs = any(
+            isinstance(node, msam_optax.EmployState)
+            for node in jax.tree.leaves(
+                self._state.opt_state,
+                is_leaf=lambda x: isinstance(x, msam_optax.EmployState),
+            )
+        )
+        self.plain, self.employed = self._compile()
+
+    def _compile(self) -> tuple[list[Program], list[Program]]:
+        # The step is a Python function that runs one of these or two.
+        jitted = inspect.getclosurevars(self._step).nonlocals
+        args = next(self._batches), self._key
+        if not (self.employs and jax.default_backend() == "cpu"):
+            whole = [compile_program(jitted["in_graph"], self._state, *args)]
+            return whole, whole
+        decide, finish = jitted["first_half"], jitted["second_half"]
+        clean, _ = jax.eval_shape(decide, self._state, *args)
+        decided = compile_program(decide, self._state, *args)
+        plain, employed = (
+            compile_program(finish, self._state, clean, *args, employed=employed)
+            for employed in (False, True)
+        )
+        return [decided, plain], [decided, employed]
+
+    def run(self, steps: int) -> list[timing.Sample]:
+        """Takes training steps, and waits for each as a user that reads it would."""
+        samples = []
+        for _ in range(steps):
+            batch = next(self._batches)
+            start = time.perf_counter()
+            for _ in range(self._calls):
+                self._state, metrics = self._step(self._state, batch, self._key)
+            jax.block_until_ready((self._state, metrics))
+            seconds = time.perf_counter() - start
+            employed = bool(metrics.employed) if self.employs else True
+            samples.append(timing.Sample(seconds, employed))
+        return samples
+
+
+def measure_steps(
+    workload: workloads.Workload,
+    progress: Callable[[str], None],
+    names: Sequence[str] = tuple(METHODS),
+) -> list[StepCost]:
+    """Compiles and times the whole training step of optimizers and their bases."""
+    problem = workloads.problem(workload)
+    total_steps = _WARM_UP_STEPS + workload.rounds * workload.steps
+    trials = {}
+    for name in names:
+        progress(f"{workload.model}: compiling {name}")
+        trials[name] = Trial(problem, METHODS[name], total_steps)
+        trials[name].run(_WARM_UP_STEPS)
+    progress(f"{workload.model}: {workload.rounds} rounds")
+    turns = {
+        name: lambda trial=trial: trial.run(workload.steps)
+        for name, trial in trials.items()
+    }
+    rounds = timing.interleave(turns, workload.rounds)
+    return [
+        _step_cost(workload.model, name, trial, rounds, _size(problem.params))
+        for name, trial in trials.items()
+    ]
+
+
+def _step_cost(
+    model: str,
+    name: str,
+    trial: Trial,
+    rounds: Sequence[timing.Round],
+    params_bytes: int,
+) -> StepCost:
+    method = METHODS[name]
+    fraction = timing.employed_fraction(rounds, name)
+
+    def flops(programs):
+        return sum(program.flops for program in programs)
+
+    programs = list(dict.fromkeys(trial.plain + trial.employed))
+    return StepCost(
+        model=model,
+        name=name,
+        base=method.base,
+        time_ratio=timing.ratio(rounds, name, method.base),
+        seconds=timing.seconds(rounds, name),
+        employed_fraction=fraction if trial.employs else None,
+        gradients=method.calls * (1 + fraction * method.extra_gradients),
+        flops=method.calls
+        * ((1 - fraction) * flops(trial.plain) + fraction * flops(trial.employed)),
+        temporary_bytes=max(program.temporary_bytes for program in programs),
+        argument_bytes=max(program.argument_bytes for program in programs),
+        state_bytes=trial.state_bytes,
+        params_bytes=params_bytes,
+        trace_seconds=sum(program.trace_seconds for program in programs),
+        compile_seconds=sum(program.compile_seconds for program in programs),
+    )
+
+
+def measure_updates(
+    parameters: int,
+    rounds: int,
+    progress: Callable[[str], None],
+    names: Sequence[str] = _UPDATES,
+) -> list[UpdateCost]:
+    """Compiles and times the update alone of optimizers and their bases.
+
+    One program takes params, state and gradient, and gives the new ones in the same
+    memory. An extra gradient is that of a quadratic loss, an addition; an optimizer
+    that employs takes none.
+    """
+    size = parameters // _TENSORS
+    keys = jax.random.split(jax.random.key(0), _TENSORS)
+    grads = {f"{i}": jax.random.normal(key, (size,)) for i, key in enumerate(keys)}
+    programs, turns = {}, {}
+    for name in names:
+        progress(f"update alone: compiling {name}")
+        programs[name], turns[name] = _update(METHODS[name].build(rounds), grads)
+    progress(f"update alone: {rounds} rounds")
+    for turn in turns.values():
+        turn()
+    measured = timing.interleave(turns, rounds)
+    return [
+        UpdateCost(
+            name=name,
+            base=METHODS[name].base,
+            time_ratio=timing.ratio(measured, name, METHODS[name].base),
+            seconds=timing.seconds(measured, name),
+            temporary_bytes=program.temporary_bytes,
+            accessed_bytes=program.accessed_bytes,
+            params_bytes=_size(grads),
+        )
+        for name, program in programs.items()
+    ]
+
+
+def _update(
+    optimizer: optax.GradientTransformation, grads: dict[str, jax.Array]
+) -> tuple[Program, Callable[[], list[timing.Sample]]]:
+    tx = optax.with_extra_args_support(optimizer)
+
+    def update(params, state, grads):
+        def grad_fn(params):
+            return optax.tree.add(params, grads)
+
+        updates, state = tx.update(
+            grads, state, params, grad_fn=grad_fn, employed=False
+        )
+        return optax.apply_updates(params, updates), state
+
+    jitted = jax.jit(update, donate_argnums=(0, 1))
+    params = jax.tree.map(jnp.copy, grads)
+    state = tx.init(params)
+    program = compile_program(jitted, params, state, grads)
+
+    def turn():
+        nonlocal params, state
+        start = time.perf_counter()
+        params, state = jax.block_until_ready(jitted(params, state, grads))
+        return [timing.Sample(time.perf_counter() - start)]
+
+    return program, turn
+
+
+def measure_peers(
+    python: str,
+    chosen: Sequence[workloads.Workload],
+    progress: Callable[[str], None],
+) -> tuple[list[PeerCost], dict[str, str]]:
+    """Times PyTorch's optimizers on the same models, in a process of their own.
+
+    Returns:
+      The costs, and the versions of the packages.
+    """
+    settings = [
+        workload._asdict() for workload in chosen if workload.model in ("mlp", "cnn")
+    ]
+    progress("PyTorch's optimizers")
+    script = Path(__file__).with_name("peers_torch.py")
+    process = subprocess.run(
+        [python, str(script)],
+        input=json.dumps(settings),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    result = json.loads(process.stdout)
+    costs = [
+        PeerCost(
+            **{
+                **cost,
+                "time_ratio": timing.Spread(*cost["time_ratio"]),
+                "seconds": timing.Spread(*cost["seconds"]),
+            }
+        )
+        for cost in result["costs"]
+    ]
+    return costs, result["versions"]
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _parser() -> arguments.Parser:
+    parser = arguments.Parser(__doc__.splitlines()[0])
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--full",
+        dest="size",
+        action="store_const",
+        const="full",
+        default="cpu",
+        help="models of the size that an accelerator trains",
+    )
+    size.add_argument(
+        "--quick",
+        dest="size",
+        action="store_const",
+        const="quick",
+        help="tiny models and few rounds, to see that all of it works",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=sorted({name for size in workloads.SIZES.values() for name in size}),
+        metavar="NAME",
+        help="what is trained (default: all that there are in that size)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=arguments.positive_integer,
+        metavar="N",
+        help="rounds of measurement, in the place of each model's own",
+    )
+    parser.add_argument(
+        "--parameters",
+        type=arguments.positive_integer,
+        metavar="N",
+        help="of the update alone (default: 3e7, or 1e8 with --full)",
+    )
+    parser.add_argument(
+        "--peers",
+        metavar="PYTHON",
+        help="also measure PyTorch's optimizers, with an interpreter that has torch "
+        "and pytorch_optimizer",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=optimizers.RESULTS / "step_cost",
+        help="folder to write to (default: %(default)s)",
+    )
+    return parser
+
+
+def _chosen(
+    parser: arguments.Parser, args: argparse.Namespace
+) -> list[workloads.Workload]:
+    available = workloads.SIZES[args.size]
+    names = args.models or list(available)
+    for name in names:
+        if name not in available:
+            parser.error(
+                f"argument --models: there is no {name} of this size: choose from "
+                f"{', '.join(available)}."
+            )
+    rounds = {"rounds": args.rounds} if args.rounds else {}
+    return [available[name]._replace(**rounds) for name in names]
+
+
+def _bars(size: str) -> Bars:
+    if size == "quick":
+        return NO_BARS
+    return CPU_BARS if jax.default_backend() == "cpu" else ACCELERATOR_BARS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints and saves; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    args = parser.parse_args(argv)
+    chosen = _chosen(parser, args)
+    parameters = args.parameters or _PARAMETERS[args.size]
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {args.out} is no folder to write to ({error}).")
+
+    provenance = report.provenance("step_cost.py", argv)
+    console = Console(width=max(Console().width, tables.WIDTH))
+    # A line for each stage, and not a bar: a bar is redrawn while the clock runs.
+    peers: list[PeerCost] = []
+    if args.peers:
+        try:
+            peers, versions = measure_peers(args.peers, chosen, print)
+        except (OSError, subprocess.CalledProcessError) as error:
+            parser.error(f"argument --peers: {args.peers} failed ({error}).")
+        provenance["versions"] |= versions
+    steps = [cost for workload in chosen for cost in measure_steps(workload, print)]
+    updates = measure_updates(
+        parameters, args.rounds or _UPDATE_ROUNDS[args.size], print
+    )
+    settings = {
+        "workloads": [workload._asdict() for workload in chosen],
+        "update_parameters": parameters,
+    }
+    measured = Measured(steps, updates, peers, _bars(args.size))
+    print_report(console, measured)
+    for path in save(args.out, measured, settings, provenance):
+        console.print(f"Written: {path}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Tables of the cost benchmarks, for the terminal and in Markdown."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from timing import Spread
+
+# Wide enough for all of them, whatever the terminal or file.
+WIDTH = 150
+
+
+class Table(NamedTuple):
+    """Texts in rows under headers; the first column is of names."""
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def ratio(spread: Spread) -> str:
+    """A ratio and its quartiles."""
+    return f"{spread.median:.3f} [{spread.low:.3f}, {spread.high:.3f}]"
+
+
+def bar(spread: Spread, limit: float | None) -> str:
+    """A bar, and whether the median keeps below it."""
+    if limit is None:
+        return ""
+    return f"{limit:.3f} {'met' if spread.median <= limit else 'MISSED'}"
+
+
+def flat(cost: Any) -> dict[str, Any]:
+    """A named tuple of numbers and spreads as nested dicts."""
+    return {
+        key: value._asdict() if isinstance(value, Spread) else value
+        for key, value in cost._asdict().items()
+    }
+
+
+def show(console: Console, table: Table) -> None:
+    """Prints a table."""
+    rich_table = RichTable(
+        title=table.title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for index, header in enumerate(table.headers):
+        rich_table.add_column(header, justify="left" if index == 0 else "right")
+    for row in table.rows:
+        rich_table.add_row(*row)
+    console.print(rich_table)
+
+
+def write_markdown(
+    path: Path,
+    title: str,
+    tables: Sequence[Table],
+    notes: Sequence[str],
+    provenance: dict[str, Any],
+) -> None:
+    """Writes tables, how to read them, and what is needed to measure them again."""
+    lines = [f"# {title}", ""]
+    for table in tables:
+        align = ["---", *["---:"] * (len(table.headers) - 1)]
+        rows = [table.headers, align, *table.rows]
+        lines += [f"## {table.title}", ""]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        lines.append("")
+    lines += [f"- {note}" for note in notes]
+    lines += ["", f"Command: `{provenance['command']}`", ""]
+    for key in ("machine", "versions"):
+        values = ", ".join(f"{k} {v}" for k, v in provenance[key].items())
+        lines.append(f"{key.capitalize()}: {values}.")
+        lines.append("")
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
