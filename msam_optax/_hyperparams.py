@@ -100,7 +100,9 @@ def read_schedule(
     if not callable(value):
         return value, state
     step = training_step(state.step, extra_args)
-    return value(step), ScheduleState(step=optax.safe_increment(step))
+    now = value(step)
+    check_real("What a schedule returns", now)
+    return now, ScheduleState(step=optax.safe_increment(step))
 
 
 def static_value(value: Any) -> float | None:

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from msam_optax._find_momentum import find_states
 from msam_optax._hyperparams import check_transformation
+from msam_optax.momentum import PERTURBED
 from msam_optax.policy import Policy
 
 # otherwise(updates, inner_state) -> updates
@@ -50,7 +52,9 @@ def employ(
     condition does not.
 
     *Cost*: the policy's, and the transformation's where employed. *State*: both
-    states, and three scalars. *Position*: the transformation's.
+    states, and three scalars. *Position*: before the optimizer, where the
+    transformation would stand; never around a whole optimizer, since the raw gradient
+    would be the update on the other steps.
 
     Args:
       policy: asked once a step, with the updates that come in.
@@ -68,7 +72,8 @@ def employ(
       decision, so the caller must run the branch that the policy chose.
 
     Raises:
-      ValueError: if policy is not a :class:`Policy`, or ``employed`` not a bool.
+      ValueError: if policy is not a :class:`Policy`, transform no transformation or
+        around MSAM, or ``employed`` not a bool.
 
     >>> import jax, jax.numpy as jnp, msam_optax, optax
     >>> sam = msam_optax.sharpness_aware_gradient(msam_optax.normalized_ascent(0.1))
@@ -90,12 +95,19 @@ def employ(
     transform = check_transformation("transform", transform)
 
     def init_fn(params):
+        inner_state = transform.init(params)
+        if find_states(inner_state, PERTURBED):
+            raise ValueError(
+                "employ was given MSAM, a whole optimizer: on the other steps the raw "
+                "gradient would be the update. For MSAM on some steps give rho a "
+                "schedule, rho=lambda step: 0.3 * (step >= 100)."
+            )
         return EmployState(
             step=jnp.zeros([], jnp.int32),
             employed=jnp.zeros([], bool),
             employed_steps=jnp.zeros([], jnp.int32),
             policy_state=policy.init(params),
-            inner_state=transform.init(params),
+            inner_state=inner_state,
         )
 
     def update_fn(updates, state, params=None, *, employed=None, **extra_args):

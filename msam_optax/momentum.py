@@ -66,6 +66,9 @@ class StoredPerturbationState(NamedTuple):
     ascent_state: optax.OptState
 
 
+PERTURBED = (MomentumPerturbationState, StoredPerturbationState)
+
+
 def momentum_perturbation(
     inner: optax.GradientTransformation,
     rho: ScalarOrSchedule | None = None,
@@ -279,13 +282,23 @@ def eval_params(state: optax.OptState, params: optax.Params) -> optax.Params:
     >>> print(msam_optax.eval_params(state, params))
     [1. 2.]
     """
-    if state is None or find_states(params, _PERTURBED) or is_like(state, params):
+    if isinstance(state, optax.GradientTransformation):
+        raise ValueError(
+            "eval_params(state, params) was given the optimizer: pass its state."
+        )
+    if any(map(_is_state_dict, find_states(state, dict))):
+        raise ValueError(
+            "eval_params(state, params) was given a dictionary made of an optimizer "
+            "state: restore it first, for instance by "
+            "flax.serialization.from_state_dict(optimizer.init(params), dictionary)."
+        )
+    if state is None or _holds_optax_state(params) or is_like(state, params):
         raise ValueError(
             "eval_params(state, params) needs an optimizer state first and its "
             f"parameters second, but {type(state).__name__} and "
             f"{type(params).__name__} were given: were they swapped?"
         )
-    for found in find_states(state, _PERTURBED):
+    for found in find_states(state, PERTURBED):
         params = _unperturbed(found, params)
     return params
 
@@ -293,7 +306,7 @@ def eval_params(state: optax.OptState, params: optax.Params) -> optax.Params:
 def perturbation_norm(state: optax.OptState, params: optax.Params) -> jax.Array:
     """l2 norm of the momentum perturbations that are on the parameters now."""
     total = jnp.zeros([], statistics_dtype(params))
-    for found in find_states(state, _PERTURBED):
+    for found in find_states(state, PERTURBED):
         if isinstance(found, StoredPerturbationState):
             norm = global_norm(found.perturbation)
         else:
@@ -302,7 +315,19 @@ def perturbation_norm(state: optax.OptState, params: optax.Params) -> jax.Array:
     return total
 
 
-_PERTURBED = (MomentumPerturbationState, StoredPerturbationState)
+def _is_state_dict(node: dict) -> bool:
+    """Whether a dictionary has the fields of a state that this file defines."""
+    return any(node.keys() >= set(kind._fields[:2]) for kind in PERTURBED)
+
+
+def _holds_optax_state(params: Any) -> bool:
+    return any(
+        isinstance(node, PERTURBED)
+        or (hasattr(node, "_fields") and type(node).__module__.startswith("optax."))
+        for node in find_states(params, tuple)
+        if not isinstance(node, optax.MaskedNode)
+    )
+
 
 _FOREIGN_STATE = (
     "The optimizer state does not belong to these parameters: the perturbation inside "
@@ -350,7 +375,7 @@ def _check_params(params: Any) -> None:
 
 
 def _check_inner(inner_state: Any) -> None:
-    if find_states(inner_state, _PERTURBED):
+    if find_states(inner_state, PERTURBED):
         raise ValueError(
             "The inner optimizer is itself perturbed along its momentum; "
             "momentum_perturbation (msam, adamw_msam) must not be nested."

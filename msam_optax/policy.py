@@ -45,6 +45,9 @@ class Policy(NamedTuple):
     def __and__(self, other: "Policy") -> "Policy":
         return _combine(self, other, jnp.logical_and)
 
+    def __bool__(self) -> bool:
+        raise ValueError("Join policies by & and |, not by `and` and `or`.")
+
     def __or__(self, other: "Policy") -> "Policy":
         return _combine(self, other, jnp.logical_or)
 
@@ -133,12 +136,17 @@ def between(start: int, stop: int | None = None) -> Policy:
       stop: first step no longer employed; None for no end.
 
     Raises:
-      ValueError: if start or stop is not an integer of at least 0.
+      ValueError: if start or stop is not an integer of at least 0, or stop does not
+        come after start.
     """
     check_integer("start", start, low=0)
     if stop is None:
         return _at_steps(lambda step: step >= start)
     check_integer("stop", stop, low=0)
+    if not isinstance(stop, jax.core.Tracer) and stop <= start:
+        raise ValueError(
+            f"stop must come after start, but start={start} and stop={stop} were given."
+        )
     return _at_steps(lambda step: (start <= step) & (step < stop))
 
 

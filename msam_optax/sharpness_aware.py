@@ -155,7 +155,7 @@ def _check_grad_fn(grad_fn: Any) -> None:
     if not callable(grad_fn):
         raise ValueError(
             "A sharpness-aware gradient needs the keyword grad_fn, a function from "
-            f"params to gradients, but grad_fn={grad_fn!r} was given: call "
+            f"params to gradients, but got a {type(grad_fn).__name__}: call "
             "update(updates, state, params, grad_fn=jax.grad(loss))."
         )
 
@@ -168,12 +168,16 @@ def _check_gradient(gradient: Any, updates: Any) -> None:
 
     given, needed = describe(gradient), describe(updates)
     if jax.tree.flatten(given) != jax.tree.flatten(needed):
-        hint = (
-            " It returned a tuple: did you pass jax.value_and_grad, or a gradient with "
-            "has_aux=True? Return the gradient alone."
-            if isinstance(gradient, tuple) and not isinstance(updates, tuple)
-            else ""
-        )
+        hint = ""
+        if isinstance(gradient, tuple) and not isinstance(updates, tuple):
+            hint = (
+                " It returned a tuple: did you pass jax.value_and_grad, or a gradient "
+                "with has_aux=True? Return the gradient alone."
+            )
+        elif isinstance(gradient, jax.Array) and gradient.ndim == 0:
+            hint = (
+                " It returned a scalar: did you pass the loss and not jax.grad(loss)?"
+            )
         raise ValueError(
             f"grad_fn must return a gradient like the updates, {needed}, but it "
             f"returned {given}.{hint}"

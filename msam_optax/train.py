@@ -100,8 +100,8 @@ def make_train_step(
         as extra arguments.
       dispatch: "in_graph", "host", or "auto": from the host where the parameters are
         on CPU and the step is not itself traced, in graph elsewhere.
-      donate: hand the state's memory to the new state. The state passed in can't be
-        used afterwards.
+      donate: hand the state's memory to the new state. The state passed in, and the
+        parameters in it, can't be used afterwards.
 
     Returns:
       ``step(state, batch, key) -> (state, metrics)`` with a :class:`TrainState` and
@@ -132,7 +132,9 @@ def make_train_step(
         raise ValueError(f"loss_fn must be a function, but {loss_fn!r} was given.")
 
     def mean_loss(params, model_state, batch, key):
-        losses, (model_state, aux) = loss_fn(params, model_state, batch, key)
+        losses, (model_state, aux) = _check_result(
+            loss_fn(params, model_state, batch, key)
+        )
         return jnp.mean(losses), (losses, model_state, aux)
 
     # Jitted, so that the two passes are traced once.
@@ -191,6 +193,19 @@ def make_train_step(
         return second_half(state, clean, batch, key, employed=bool(decision))
 
     return step
+
+
+def _check_result(result: Any) -> Any:
+    def is_pair(x):
+        return isinstance(x, tuple) and len(x) == 2
+
+    if not (is_pair(result) and is_pair(result[1])):
+        raise ValueError(
+            "loss_fn(params, model_state, batch, key) must return (loss, (model_state, "
+            f"aux)), but it returned {jax.tree.map(jnp.shape, result)!r} (in shapes). "
+            "Without model state and auxiliary outputs: loss, (model_state, {})."
+        )
+    return result
 
 
 def _from_host(dispatch: Dispatch, state: TrainState) -> bool:

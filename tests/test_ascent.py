@@ -332,3 +332,10 @@ def test_complex_parameters_are_refused_and_told_what_to_do(name):
         mo.sharpness_aware_gradient(ASCENTS[name]).init(params)
     with pytest.raises(ValueError, match="hold the real and the imaginary part"):
         mo.msam(0.1).init(params)
+
+
+@pytest.mark.parametrize("value", [None, "0.1", jnp.ones(3)])
+def test_a_schedule_that_returns_no_number_is_refused(value):
+    ascent = mo.normalized_ascent(lambda step: value)
+    with pytest.raises(ValueError, match="What a schedule returns must be"):
+        ascent.update(jnp.ones(3), ascent.init(jnp.ones(3)))

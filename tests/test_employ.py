@@ -332,3 +332,9 @@ def test_a_missing_grad_fn_is_asked_for_even_where_it_is_not_employed():
     tx = mo.employ(mo.never(), sam())
     with pytest.raises(ValueError, match="needs the keyword grad_fn"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_employing_msam_is_refused():
+    tx = optax.chain(mo.employ(mo.every(2), mo.msam(0.1)))
+    with pytest.raises(ValueError, match="give rho a schedule"):
+        tx.init(jnp.ones(3))

@@ -798,3 +798,25 @@ def test_parameters_named_like_states_are_no_momenta():
 def test_msam_inside_msam_is_refused(inner):
     with pytest.raises(ValueError, match="must not be nested"):
         mo.momentum_perturbation(inner, rho=0.1).init(jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda tx, state, p: mo.eval_params(tx, p), "given the optimizer: pass its"),
+        (
+            lambda tx, state, p: mo.eval_params([state[0]._asdict()], p),
+            "given a dictionary made of an optimizer state",
+        ),
+        (
+            lambda tx, state, p: mo.eval_params(p, optax.sgd(0.1, 0.9).init(p)),
+            "were they swapped",
+        ),
+    ],
+    ids=["the optimizer", "a state dictionary", "swapped without MSAM"],
+)
+def test_eval_params_does_not_return_perturbed_parameters_in_silence(call, message):
+    params = {"w": jnp.ones(3)}
+    tx = optax.chain(mo.msam(0.1))
+    with pytest.raises(ValueError, match=message):
+        call(tx, tx.init(params), params)

@@ -53,8 +53,6 @@ def decisions_of(
         (mo.between(3), range(3, 12)),
         (mo.between(3, 6), [3, 4, 5]),
         (mo.between(0, 2), [0, 1]),
-        (mo.between(4, 4), []),
-        (mo.between(5, 2), []),
         (mo.bernoulli(1.0), range(12)),
         (mo.bernoulli(0.0), []),
     ],
@@ -342,3 +340,13 @@ def test_bad_arguments_are_refused_when_built(build, message):
 def test_the_aliases_refuse_them_likewise(build, message):
     with pytest.raises(ValueError, match=message):
         build(optax.sgd(0.1))
+
+
+def test_an_empty_phase_is_refused():
+    with pytest.raises(ValueError, match="start=5 and stop=5 were given"):
+        mo.between(5, 5)
+
+
+def test_policies_are_not_joined_by_and():
+    with pytest.raises(ValueError, match="Join policies by & and"):
+        _ = mo.always() and mo.every(2)

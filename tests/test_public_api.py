@@ -224,7 +224,7 @@ ALLOWED: dict[str, set[str]] = {
     "ascent": {"_numerics", "_hyperparams"},
     "sharpness_aware": {"_numerics", "_hyperparams", "ascent"},
     "policy": {"_numerics", "_hyperparams"},
-    "employ": {"_numerics", "_hyperparams", "policy"},
+    "employ": {"_find_momentum", "_hyperparams", "momentum", "policy"},
     "momentum": {*FOUNDATIONS, "ascent"},
     "train": {*FOUNDATIONS, "employ", "momentum", "sharpness_aware"},
     "flax_linen": {"train"},

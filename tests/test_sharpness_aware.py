@@ -217,7 +217,7 @@ def update(**given: Any) -> Any:
     "given, message",
     [
         (dict(params=None), "params were None: pass params to update"),
-        (dict(grad_fn=None), "needs the keyword grad_fn, .* but grad_fn=None"),
+        (dict(grad_fn=None), "needs the keyword grad_fn, .* but got a NoneType"),
         (dict(grad_fn=PARAMS), "needs the keyword grad_fn"),
         (
             dict(grad_fn=jax.value_and_grad(loss)),

@@ -458,3 +458,14 @@ def test_host_dispatch_of_two_policies_is_refused():
     step = mo.make_train_step(quadratic_loss, two_employs(), dispatch="host")
     with pytest.raises(ValueError, match="employs in 2 places"):
         step(quadratic_state(two_employs()), jnp.eye(3), None)
+
+
+@pytest.mark.parametrize(
+    "result", [lambda p: p.sum(), lambda p: (p.sum(), {}), lambda p: (p.sum(), 0.0)]
+)
+def test_a_loss_function_with_another_result_is_told_what_is_needed(result):
+    tx = optax.sgd(0.1)
+    step = mo.make_train_step(lambda params, *_: result(params), tx)
+    state = mo.TrainState(jnp.ones(3), tx.init(jnp.ones(3)))
+    with pytest.raises(ValueError, match=r"must return \(loss, \(model_state, aux\)\)"):
+        step(state, None, None)
