@@ -94,7 +94,8 @@ def _measure(
 ) -> Run:
     losses, accuracies, gradients = [], [], []
     for epoch in trainer.epochs(seed):
-        evaluate = partial(training.evaluate, task.model, task.weights(epoch.state))
+        weights = task.weights(epoch.state)
+        evaluate = partial(training.evaluate, task.model, weights)
         test = evaluate(task.test_images, task.test_labels)
         losses += [epoch.loss, test.loss]
         accuracies.append(test.accuracy)
@@ -110,7 +111,7 @@ def _measure(
         test_loss=test.loss,
         sharpness=training.sharpness(
             task.model,
-            task.weights(epoch.state),
+            weights,
             task.train_images,
             epoch.labels,
             SHARPNESS_RADIUS,

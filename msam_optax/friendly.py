@@ -13,12 +13,7 @@ from msam_optax._hyperparams import (
     init_schedule,
     read_schedule,
 )
-from msam_optax._numerics import (
-    add_scaled,
-    global_norm,
-    safe_divide,
-    scale,
-)
+from msam_optax._numerics import add_scaled, global_norm, safe_divide, scale
 from msam_optax.sharpness_aware import chained, sharpness_aware_gradient
 
 

@@ -1,6 +1,7 @@
 """A training step for any model: one batch and one key for both gradients."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -210,7 +211,7 @@ def _check_result(result: Any) -> Any:
 
 def _from_host(dispatch: Dispatch, state: TrainState) -> bool:
     """Whether to dispatch from the host, as asked for or as fits."""
-    places = len(find_states(state.opt_state, EmployState))
+    places = _employing_places(jax.tree.structure(state.opt_state))
     leaves = jax.tree.leaves((state.params, state.opt_state))
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
     if dispatch == "host" and traced:
@@ -226,6 +227,13 @@ def _from_host(dispatch: Dispatch, state: TrainState) -> bool:
     if dispatch == "in_graph" or traced or places != 1:
         return False
     return dispatch == "host" or _platform(leaves) == "cpu"
+
+
+@cache
+def _employing_places(structure: Any) -> int:
+    """How many `employ` an optimizer's state holds; asked anew on every step."""
+    state = jax.tree.unflatten(structure, [None] * structure.num_leaves)
+    return len(find_states(state, EmployState))
 
 
 def _platform(leaves: list[Any]) -> str:
