@@ -1,5 +1,6 @@
 """Sharpness-aware optimizers for JAX as pure Optax transformations."""
 
+from msam_optax.accumulate import microbatched as microbatched
 from msam_optax.aliases import ae_sam as ae_sam
 from msam_optax.aliases import asam as asam
 from msam_optax.aliases import fisher_sam as fisher_sam
@@ -23,6 +24,7 @@ from msam_optax.employ import EmployState as EmployState
 from msam_optax.employ import employ as employ
 from msam_optax.esam import esam as esam
 from msam_optax.esam import selected_gradient as selected_gradient
+from msam_optax.eval_params import eval_params as eval_params
 from msam_optax.friendly import FriendlyAscentState as FriendlyAscentState
 from msam_optax.friendly import friendly_ascent as friendly_ascent
 from msam_optax.friendly import friendly_sam as friendly_sam
@@ -31,11 +33,12 @@ from msam_optax.looksam import ae_looksam as ae_looksam
 from msam_optax.looksam import looksam as looksam
 from msam_optax.looksam import remembered_gradient as remembered_gradient
 from msam_optax.looksam import reuse as reuse
+from msam_optax.loss_scaling import LossScaleState as LossScaleState
+from msam_optax.loss_scaling import LossScaling as LossScaling
 from msam_optax.m_sharpness import MSharpness as MSharpness
 from msam_optax.m_sharpness import m_sharpness as m_sharpness
 from msam_optax.momentum import MomentumPerturbationState as MomentumPerturbationState
 from msam_optax.momentum import StoredPerturbationState as StoredPerturbationState
-from msam_optax.momentum import eval_params as eval_params
 from msam_optax.momentum import momentum_perturbation as momentum_perturbation
 from msam_optax.msam import adamw_msam as adamw_msam
 from msam_optax.msam import msam as msam
@@ -53,9 +56,9 @@ from msam_optax.sharpness_aware import SharpnessAwareState as SharpnessAwareStat
 from msam_optax.sharpness_aware import (
     sharpness_aware_gradient as sharpness_aware_gradient,
 )
-from msam_optax.train import StepMetrics as StepMetrics
-from msam_optax.train import TrainState as TrainState
 from msam_optax.train import make_train_step as make_train_step
+from msam_optax.train_state import StepMetrics as StepMetrics
+from msam_optax.train_state import TrainState as TrainState
 from msam_optax.wsam import DecoupledSharpnessState as DecoupledSharpnessState
 from msam_optax.wsam import decoupled_sharpness as decoupled_sharpness
 from msam_optax.wsam import wsam as wsam

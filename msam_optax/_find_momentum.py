@@ -101,6 +101,18 @@ def _leaf_by_leaf(momentum: Any, params: optax.Params) -> list[Any]:
     return leaves
 
 
+def add_momentum(params: optax.Params, momentum: Any, factor: Any) -> optax.Params:
+    """params + factor momentum in the parameters' dtypes; what it masks out stays."""
+    return jax.tree.map(
+        lambda x, p: (
+            p if _is_masked(x) else (p + factor * x).astype(jnp.result_type(p))
+        ),
+        momentum,
+        params,
+        is_leaf=_is_masked,
+    )
+
+
 def find_states(tree: Any, kinds: type | tuple[type, ...]) -> list[Any]:
     """All states of some kinds inside an optimizer's state, outermost first."""
     found = [tree] if isinstance(tree, kinds) else []

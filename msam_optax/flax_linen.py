@@ -1,13 +1,20 @@
-"""Flax Linen modules in `make_train_step` (extra: ``pip install msam_optax[flax]``)."""
+"""Flax Linen: modules in `make_train_step`, and a TrainState for steps of your own.
 
-from collections.abc import Callable, Sequence
+Extra: ``pip install msam_optax[flax]``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
 import jax
 import optax
+from flax.training import train_state
 
-from msam_optax.train import LossFn, TrainState
+from msam_optax.eval_params import eval_params
+from msam_optax.train import LossFn
+from msam_optax.train_state import TrainState
 
 
 def linen_loss(
@@ -91,3 +98,67 @@ def init_linen(
     variables = dict(model.init(key, inputs, **apply_kwargs))
     params = variables.pop("params")
     return TrainState(params, optimizer.init(params), variables)
+
+
+class LinenTrainState(train_state.TrainState):
+    """Flax's TrainState, whose optimizer may ask for the gradient anew.
+
+    In the place of :class:`flax.training.train_state.TrainState` in a trainer of your
+    own, also as the base of a subclass with further fields; with
+    :func:`msam_optax.make_train_step` you need none. Batch statistics are yours to keep
+    apart: take them from the clean gradient, and let ``grad_fn`` drop its own.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp, msam_optax, optax
+    >>> from msam_optax.flax_linen import LinenTrainState
+    >>> model, x, y = nn.Dense(1), jnp.ones((8, 3)), jnp.zeros((8, 1))
+    >>> state = LinenTrainState.create(
+    ...     apply_fn=model.apply,
+    ...     params=model.init(jax.random.key(0), x)["params"],
+    ...     tx=msam_optax.sam(optax.sgd(0.1)),
+    ... )
+    >>> @jax.jit
+    ... def step(state):
+    ...     def loss(params):
+    ...         return jnp.mean((state.apply_fn({"params": params}, x) - y) ** 2)
+    ...     grad_fn = jax.grad(loss)
+    ...     return state.apply_gradients(grads=grad_fn(state.params), grad_fn=grad_fn)
+    >>> state = step(state)
+    >>> logits = model.apply({"params": state.eval_params}, x)
+    """
+
+    def apply_gradients(
+        self,
+        *,
+        grads: Any,
+        grad_fn: Callable[[Any], Any] | None = None,
+        extra_args: Mapping[str, Any] = MappingProxyType({}),
+        **kwargs: Any,
+    ) -> "LinenTrainState":
+        """Updates step, params and opt_state.
+
+        Args:
+          grads: clean gradients, a tree like the parameters.
+          grad_fn: ``grad_fn(params) -> grads`` of the same batch with the same random
+            key; needed by all methods that take a second gradient.
+          extra_args: what else the optimizer's ``update`` needs, for instance
+            ``{"value": loss}``, or :func:`msam_optax.esam`'s per-example losses.
+          **kwargs: other fields to replace, for instance ``batch_stats=...``.
+        """
+        given = (
+            {**extra_args} if grad_fn is None else {**extra_args, "grad_fn": grad_fn}
+        )
+        tx = optax.with_extra_args_support(self.tx)
+
+        def update(updates, state, params=None):
+            return tx.update(updates, state, params, **given)
+
+        handing_on = self.replace(tx=optax.GradientTransformation(tx.init, update))
+        stepped = super(LinenTrainState, handing_on).apply_gradients(
+            grads=grads, **kwargs
+        )
+        return stepped.replace(tx=self.tx)
+
+    @property
+    def eval_params(self) -> Any:
+        """The unperturbed parameters: those to evaluate and to save."""
+        return eval_params(self.opt_state, self.params)

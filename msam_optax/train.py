@@ -1,8 +1,8 @@
 """A training step for any model: one batch and one key for both gradients."""
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any, Literal, NamedTuple
+from functools import cache, partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,63 +10,20 @@ import optax
 
 from msam_optax._find_momentum import find_states
 from msam_optax._hyperparams import check_transformation
-from msam_optax._numerics import global_norm
 from msam_optax.employ import EmployState
-from msam_optax.momentum import perturbation_norm
-from msam_optax.sharpness_aware import SharpnessAwareState
+from msam_optax.loss_scaling import (
+    LossScaleState,
+    LossScaling,
+    all_finite,
+    scaled_backward,
+)
+from msam_optax.train_state import CleanPass, StepMetrics, TrainState, step_metrics
 
 # loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux)), where loss is
 # a scalar or one loss for each example
 LossFn = Callable[[Any, Any, Any, Any], tuple[jax.Array, tuple[Any, Any]]]
 Dispatch = Literal["auto", "in_graph", "host"]
-
-
-class TrainState(NamedTuple):
-    """What a training step changes.
-
-    Attributes:
-      params: parameters; with MSAM the perturbed ones, see `eval_params`.
-      opt_state: state of the optimizer.
-      model_state: what else the model changes, batch statistics for instance.
-    """
-
-    params: Any
-    opt_state: optax.OptState
-    model_state: Any = ()
-
-
-class StepMetrics(NamedTuple):
-    """What a training step tells.
-
-    Attributes:
-      loss: scalar, the clean loss of the batch, at the parameters before the step.
-      grad_norm: scalar, l2 norm of the clean gradient.
-      perturbation_norm: scalar, l2 norm of epsilon: SAM's on this step (0 where not
-        employed), MSAM's as it is on the parameters that the step returns.
-      employed: boolean scalar, whether this step took an extra gradient.
-      employed_fraction: scalar, the share of such steps so far.
-      aux: the loss function's own.
-    """
-
-    loss: jax.Array
-    grad_norm: jax.Array
-    perturbation_norm: jax.Array
-    employed: jax.Array
-    employed_fraction: jax.Array
-    aux: Any
-
-
 TrainStep = Callable[[TrainState, Any, Any], tuple[TrainState, StepMetrics]]
-
-
-class _CleanPass(NamedTuple):
-    """Results of the first gradient: that on the batch at the parameters as given."""
-
-    loss: jax.Array
-    losses: jax.Array
-    model_state: Any
-    aux: Any
-    grads: optax.Updates
 
 
 def make_train_step(
@@ -75,6 +32,7 @@ def make_train_step(
     *,
     dispatch: Dispatch = "auto",
     donate: bool = True,
+    loss_scaling: LossScaling | None = None,
 ) -> TrainStep:
     """Builds the jitted training step of a loss and an optimizer.
 
@@ -103,6 +61,9 @@ def make_train_step(
         on CPU and the step is not itself traced, in graph elsewhere.
       donate: hand the state's memory to the new state. The state passed in, and the
         parameters in it, can't be used afterwards.
+      loss_scaling: skips steps that are not finite, and scales the loss for float16;
+        the first state then holds ``loss_scale=loss_scaling.init()``. Float32 and
+        bfloat16 training needs none.
 
     Returns:
       ``step(state, batch, key) -> (state, metrics)`` with a :class:`TrainState` and
@@ -131,34 +92,49 @@ def make_train_step(
     optimizer = check_transformation("optimizer", optimizer)
     if not callable(loss_fn):
         raise ValueError(f"loss_fn must be a function, but {loss_fn!r} was given.")
-
-    def mean_loss(params, model_state, batch, key):
-        losses, (model_state, aux) = _check_result(
-            loss_fn(params, model_state, batch, key)
+    if not (loss_scaling is None or isinstance(loss_scaling, LossScaling)):
+        raise ValueError(
+            f"loss_scaling must be a LossScaling, but {loss_scaling!r} was given."
         )
-        return jnp.mean(losses), (losses, model_state, aux)
+
+    def example_losses(loss_scale):
+        def checked_loss_fn(params, model_state, batch, key):
+            return _check_result(loss_fn(params, model_state, batch, key))
+
+        if loss_scaling is None:
+            return checked_loss_fn
+        return scaled_backward(checked_loss_fn, loss_scale.scale)
 
     # Jitted, so that the two passes are traced once.
-    value_and_grad = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))
+    @jax.jit
+    def value_and_grad(params, model_state, loss_scale, batch, key):
+        def mean_loss(params):
+            losses, others = example_losses(loss_scale)(params, model_state, batch, key)
+            return jnp.mean(losses), (losses, others)
+
+        return jax.value_and_grad(mean_loss, has_aux=True)(params)
 
     def clean_pass(state, batch, key):
-        (loss, (losses, model_state, aux)), grads = value_and_grad(
-            state.params, state.model_state, batch, key
+        (loss, (losses, (model_state, aux))), grads = value_and_grad(
+            state.params, state.model_state, state.loss_scale, batch, key
         )
-        return _CleanPass(loss, losses, model_state, aux, grads)
+        return CleanPass(loss, losses, model_state, aux, grads)
 
-    def finish(state, clean, batch, key, employed=None):
+    def update(state, clean, batch, key, employed=None):
         def grad_fn(params):
-            return value_and_grad(params, state.model_state, batch, key)[1]
+            return value_and_grad(
+                params, state.model_state, state.loss_scale, batch, key
+            )[1]
 
         def per_example_loss_fn(params, indices=None):
             samples = batch
             if indices is not None:
                 samples = jax.tree.map(lambda x: x[indices], batch)
-            return loss_fn(params, state.model_state, samples, key)[0]
+            losses = example_losses(state.loss_scale)
+            return losses(params, state.model_state, samples, key)[0]
 
         extra_args = {} if employed is None else {"employed": employed}
-        updates, opt_state = optimizer.update(
+        return optimizer.update(
             clean.grads,
             state.opt_state,
             state.params,
@@ -168,9 +144,18 @@ def make_train_step(
             per_example_loss_fn=per_example_loss_fn,
             **extra_args,
         )
+
+    def finish(state, clean, batch, key, employed=None):
+        updates, opt_state = update(state, clean, batch, key, employed)
         params = optax.apply_updates(state.params, updates)
-        new_state = TrainState(params, opt_state, clean.model_state)
-        return new_state, _metrics(new_state, clean)
+        new_state = TrainState(params, opt_state, clean.model_state, state.loss_scale)
+        finite = jnp.asarray(True)
+        if loss_scaling is not None:
+            finite = all_finite((clean.loss, clean.grads, updates))
+            kept = jax.tree.map(partial(jnp.where, finite), new_state, state)
+            loss_scale = loss_scaling.adjust(state.loss_scale, finite)
+            new_state = kept._replace(loss_scale=loss_scale)
+        return new_state, step_metrics(new_state, clean, skipped=~finite)
 
     def whole_step(state, batch, key):
         return finish(state, clean_pass(state, batch, key), batch, key)
@@ -178,8 +163,8 @@ def make_train_step(
     def decide(state, batch, key):
         clean = clean_pass(state, batch, key)
         # Of this update only the decision is returned: XLA drops all else.
-        new_state, _ = finish(state, clean, batch, key, employed=False)
-        (employ_state,) = find_states(new_state.opt_state, EmployState)
+        _, opt_state = update(state, clean, batch, key, employed=False)
+        (employ_state,) = find_states(opt_state, EmployState)
         return clean, employ_state.employed
 
     donated = (0,) if donate else ()
@@ -188,12 +173,23 @@ def make_train_step(
     second_half = jax.jit(finish, static_argnames="employed", donate_argnums=donated)
 
     def step(state, batch, key):
+        _check_loss_scale(loss_scaling, state)
         if not _from_host(dispatch, state):
             return in_graph(state, batch, key)
         clean, decision = first_half(state, batch, key)
         return second_half(state, clean, batch, key, employed=bool(decision))
 
     return step
+
+
+def _check_loss_scale(loss_scaling: LossScaling | None, state: TrainState) -> None:
+    if (loss_scaling is None) == isinstance(state.loss_scale, LossScaleState):
+        raise ValueError(
+            "A train step with loss_scaling needs its state, "
+            "TrainState(params, opt_state, model_state, loss_scaling.init()), and one "
+            f"without needs none, but loss_scaling={loss_scaling!r} and "
+            f"state.loss_scale={state.loss_scale!r} were given."
+        )
 
 
 def _check_result(result: Any) -> Any:
@@ -241,27 +237,3 @@ def _platform(leaves: list[Any]) -> str:
         if isinstance(leaf, jax.Array):
             return next(iter(leaf.devices())).platform
     return jax.default_backend()
-
-
-def _metrics(state: TrainState, clean: _CleanPass) -> StepMetrics:
-    ascents = find_states(state.opt_state, SharpnessAwareState)
-    employs = find_states(state.opt_state, EmployState)
-    if employs:
-        employed = jnp.any(jnp.stack([e.employed for e in employs]))
-        fraction = jnp.max(
-            jnp.stack([e.employed_steps / jnp.maximum(e.step, 1) for e in employs])
-        )
-    else:
-        employed = jnp.asarray(bool(ascents))
-        fraction = employed.astype(jnp.float32)
-    norm = perturbation_norm(state.opt_state, state.params)
-    for ascent in ascents:
-        norm = jnp.hypot(norm, jnp.where(employed, ascent.perturbation_norm, 0))
-    return StepMetrics(
-        loss=clean.loss,
-        grad_norm=global_norm(clean.grads),
-        perturbation_norm=norm,
-        employed=employed,
-        employed_fraction=fraction,
-        aux=clean.aux,
-    )

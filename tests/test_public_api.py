@@ -226,16 +226,23 @@ ALLOWED: dict[str, set[str]] = {
     "policy": {"_numerics", "_hyperparams"},
     "employ": {"_find_momentum", "_hyperparams", "momentum", "policy"},
     "momentum": {*FOUNDATIONS, "ascent"},
-    "train": {*FOUNDATIONS, "employ", "momentum", "sharpness_aware"},
-    "flax_linen": {"train"},
-    "flax_nnx": {"train"},
+    "eval_params": {*FOUNDATIONS, "momentum"},
+    "loss_scaling": {"_hyperparams"},
+    "train_state": {*FOUNDATIONS, "employ", "eval_params", "sharpness_aware"},
+    "train": {*FOUNDATIONS, "employ", "loss_scaling", "train_state"},
+    "accumulate": {"_hyperparams", "train"},
+    "flax_linen": {"eval_params", "train", "train_state"},
+    "flax_nnx": {"eval_params", "train", "train_state"},
     "plotting": set(),
-    "sharpness": {"_numerics"},
-    "landscape": {"_numerics"},
-    "batch_stats": {"_numerics"},
+    "_over_batches": {"_numerics"},
+    "_lanczos": {"_numerics"},
+    "hessian": {"_lanczos", "_numerics", "_over_batches"},
+    "sharpness": {"_numerics", "_over_batches", "hessian"},
+    "landscape": {"_numerics", "_over_batches"},
+    "batch_stats": set(),
 }
 TOP = {"aliases", "__init__"}  # may import everything but the glue
-GLUE = {"flax_linen", "flax_nnx", "plotting"}
+GLUE = {"batch_stats", "flax_linen", "flax_nnx", "plotting"}
 
 
 def imports_of(path: pathlib.Path) -> Iterator[str]:
