@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import data
 import models
 import training
+from jax.sharding import Mesh
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,7 +125,10 @@ def add_task_arguments(parser: Parser, seeds: int) -> None:
 
 
 def load_task(
-    parser: Parser, args: argparse.Namespace, validation: bool = False
+    parser: Parser,
+    args: argparse.Namespace,
+    validation: bool = False,
+    mesh: Mesh | None = None,
 ) -> training.Task:
     """Loads data and model; a bad argument ends the program with one sentence.
 
@@ -133,6 +137,7 @@ def load_task(
       args: as `add_task_arguments` has them.
       validation: put a held out part of the training part in the place of the test
         part.
+      mesh: devices that share out every batch.
     """
     try:
         dataset = data.load(args.dataset, args.data_dir)
@@ -146,10 +151,16 @@ def load_task(
             f"argument --batch-size: {args.batch_size} was given, but there are only "
             f"{examples} training examples."
         )
+    if mesh is not None and args.batch_size % mesh.size:
+        parser.error(
+            f"argument --batch-size: {args.batch_size} was given, but {mesh.size} "
+            "devices cannot share that out evenly."
+        )
     return training.Task(
         dataset,
         models.build(args.model, dataset.num_classes),
         label_noise=args.label_noise,
         epochs=args.epochs,
         batch_size=args.batch_size,
+        mesh=mesh,
     )

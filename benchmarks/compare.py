@@ -5,6 +5,7 @@ For instance:
     python benchmarks/compare.py
     python benchmarks/compare.py --dataset fashion_mnist --model cnn --epochs 10
     python benchmarks/compare.py --optimizers sgd msam --rho msam=0.2,msam=0.5,msam=1
+    srun python benchmarks/compare.py --distributed
 """
 
 import argparse
@@ -14,6 +15,8 @@ from functools import partial
 from pathlib import Path
 
 import arguments
+import distributed
+import jax
 import numpy as np
 import optimizers
 import report
@@ -174,6 +177,13 @@ def _parser() -> arguments.Parser:
         metavar="DIR",
         help="folder to write to (default: runs/<dataset>-<model>)",
     )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes whose devices share out every batch; the first "
+        "prints and writes. Reads JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+        "JAX_PROCESS_ID, or asks the cluster (Slurm, Open MPI, Cloud TPU)",
+    )
     return parser
 
 
@@ -207,14 +217,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     contenders, source = _contenders(parser, args)
-    task = arguments.load_task(parser, args)
+    mesh = None
+    if args.distributed:
+        try:
+            mesh = distributed.connect()
+        except ValueError as error:
+            parser.error(f"argument --distributed: {error}.")
+    task = arguments.load_task(parser, args, mesh=mesh)
     out = args.out or Path("runs") / f"{args.dataset}-{args.model}"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --out: {out} is no folder to write to ({error}).")
 
-    console = Console()
+    # All processes measure, but only the first tells.
+    first = jax.process_index() == 0
+    console = Console(quiet=not first)
     runs: list[Run] = []
     interrupted = False
     with Progress(
@@ -246,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(
             f"Interrupted: {len(runs)} of {total} runs are finished and kept."
         )
-    if runs:
+    if runs and first:
         settings = {
             "dataset": args.dataset,
             "model": args.model,
@@ -262,6 +280,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "sharpness_radius": SHARPNESS_RADIUS,
             "hyperparameters": source,
         }
+        if task.split is not None:
+            devices = task.split.num_devices
+            settings |= {"processes": jax.process_count(), "devices": devices}
         figures = save(out, runs, settings, report.provenance("compare.py", argv))
         wide = Console(width=max(console.width, TABLE_WIDTH))
         print_report(wide, summarise(runs), settings)

@@ -1,24 +1,13 @@
 """Figures of compare.py: arrays in, matplotlib figures out."""
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart whatever the colour vision; with the line styles
-# also in grey.
-_COLORS = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#D55E00",
-    "#0072B2",
-    "#CC79A7",
-)
-_STYLES = ("-", "--", "-.", ":")
+from msam_optax.plotting import Estimates, plot_estimates
 
 
 class Curve(NamedTuple):
@@ -39,22 +28,13 @@ class Curve(NamedTuple):
 
 def accuracy_against_gradients(curves: Sequence[Curve]) -> Figure:
     """Test accuracy over the gradients spent, with 68% bands."""
-    figure = _figure()
-    axes = figure.add_subplot()
-    for curve, (color, style) in zip(curves, _looks(), strict=False):
-        percent, interval = 100 * curve.mean, 100 * curve.interval
-        axes.plot(curve.x, percent, style, color=color, label=curve.label)
-        axes.fill_between(
-            curve.x,
-            percent - interval,
-            percent + interval,
-            color=color,
-            alpha=0.2,
-            lw=0,
-        )
-    axes.set_xlabel("gradient evaluations")
-    axes.set_ylabel("test accuracy (%)")
-    _finish(axes)
+    figure, ax = _figure()
+    plot_estimates(
+        _in_percent(curves),
+        xlabel="gradients of a batch",
+        ylabel="test accuracy (%)",
+        ax=ax,
+    )
     return figure
 
 
@@ -67,41 +47,23 @@ def accuracy_against_rho(
       curves: one a method.
       references: final test accuracy of the methods without rho, as level lines.
     """
-    figure = _figure()
-    axes = figure.add_subplot()
-    looks = _looks()
-    for name, accuracy in references.items():
-        color, style = next(looks)
-        axes.axhline(100 * accuracy, ls=style, color=color, label=name, lw=1)
-    for curve in curves:
-        color, _ = next(looks)
-        axes.errorbar(
-            curve.x,
-            100 * curve.mean,
-            100 * curve.interval,
-            fmt="o-",
-            color=color,
-            capsize=3,
-            label=curve.label,
-        )
-    if all((curve.x > 0).all() for curve in curves):
-        axes.set_xscale("log")
-    axes.set_xlabel("ρ")
-    axes.set_ylabel("final test accuracy (%)")
-    _finish(axes)
+    figure, ax = _figure()
+    plot_estimates(
+        _in_percent(curves),
+        references={name: Estimates(0, 100 * a) for name, a in references.items()},
+        xlabel="ρ (unit of the weights)",
+        ylabel="final test accuracy (%)",
+        log_x=True,
+        bars=True,
+        ax=ax,
+    )
     return figure
 
 
-def _figure() -> Figure:
-    return Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+def _in_percent(curves: Sequence[Curve]) -> dict[str, Estimates]:
+    return {c.label: Estimates(c.x, 100 * c.mean, 100 * c.interval) for c in curves}
 
 
-def _looks():
-    """A colour and a line style for each curve; pairs repeat after 28 curves."""
-    return zip(cycle(_COLORS), cycle(_STYLES), strict=False)
-
-
-def _finish(axes) -> None:
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+    return figure, figure.add_subplot()

@@ -1,7 +1,7 @@
 """Training runs of the benchmarks, and what is measured at their end."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import msam_optax
+from msam_optax.batch_stats import recalibrate_batch_stats
 from msam_optax.flax_linen import init_linen, linen_loss
 
 # Forward passes without gradients, bounded so that large datasets fit into memory.
@@ -68,7 +70,8 @@ class Epoch(NamedTuple):
 class Task:
     """A model and the data it learns, in the same way for every optimizer.
 
-    The data is on the device.
+    The data is on the device; with a mesh, on each of its devices, which share out
+    the batches.
 
     Attributes:
       model: a Linen module of `models.py`.
@@ -82,6 +85,8 @@ class Task:
       batch_size: examples in a step.
       steps_per_epoch: number of full batches in an epoch.
       total_steps: number of steps of a run.
+      replicated: where all but the batches are; None without a mesh.
+      split: where the batches are; None without a mesh.
     """
 
     def __init__(
@@ -92,12 +97,17 @@ class Task:
         label_noise: float,
         epochs: int,
         batch_size: int,
+        mesh: Mesh | None = None,
     ) -> None:
+        self.replicated = self.split = None
+        if mesh is not None:
+            self.replicated = NamedSharding(mesh, PartitionSpec())
+            self.split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self.model = model
-        self.train_images = jnp.asarray(dataset.train_images)
-        self.clean_labels = jnp.asarray(dataset.train_labels)
-        self.test_images = jnp.asarray(dataset.test_images)
-        self.test_labels = jnp.asarray(dataset.test_labels)
+        self.train_images = self._placed(dataset.train_images)
+        self.clean_labels = self._placed(dataset.train_labels)
+        self.test_images = self._placed(dataset.test_images)
+        self.test_labels = self._placed(dataset.test_labels)
         self.num_classes = dataset.num_classes
         self.label_noise = label_noise
         self.epochs = epochs
@@ -108,9 +118,12 @@ class Task:
     def labels(self, seed: int) -> jax.Array:
         """The training labels of a seed, with its noise."""
         clean = np.asarray(self.clean_labels)
-        return jnp.asarray(
+        return self._placed(
             data.add_label_noise(clean, self.label_noise, self.num_classes, seed)
         )
+
+    def _placed(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, self.replicated)
 
     def weights(self, state: msam_optax.TrainState) -> Weights:
         """The weights to evaluate: unperturbed, with batch statistics of their own."""
@@ -119,13 +132,22 @@ class Task:
         rng = np.random.default_rng(0)
         indices = list(data.batches(len(images), self.batch_size, rng))
         batches = (images[i] for i in indices[:_CALIBRATION_BATCHES])
-        return Weights(
-            params, recalibrated(self.model, params, state.model_state, batches)
+        model_state = recalibrate_batch_stats(
+            self.model, params, state.model_state, batches, train=True
         )
+        return Weights(params, model_state)
+
+
+# before_step(state, batch, key): what a step is about to be taken from
+BeforeStep = Callable[[msam_optax.TrainState, Any, jax.Array], None]
 
 
 class Trainer:
-    """Trains on a task with one optimizer, compiled once for all seeds."""
+    """Trains on a task with one optimizer, compiled once for all seeds.
+
+    Attributes:
+      loss_fn: the loss that is trained on, as `make_train_step` takes it.
+    """
 
     def __init__(
         self,
@@ -136,11 +158,15 @@ class Trainer:
         def losses(logits, batch):
             return _cross_entropy(logits, batch[1]), {}
 
-        loss_fn = linen_loss(task.model, losses, train=True)
+        self.loss_fn = linen_loss(task.model, losses, train=True)
         self._task = task
         self._extra_gradient = extra_gradient
-        self._step = msam_optax.make_train_step(loss_fn, optimizer)
-        self._init = jax.jit(partial(init_linen, task.model, optimizer, train=False))
+        self._step = msam_optax.make_train_step(self.loss_fn, optimizer)
+        self._init = jax.jit(
+            partial(init_linen, task.model, optimizer, train=False),
+            out_shardings=task.replicated,
+        )
+        self._gather = jax.jit(_gather, out_shardings=task.split)
 
     def warm_up(self) -> None:
         """Compiles all that a run needs, so that its seconds are of training alone.
@@ -152,12 +178,21 @@ class Trainer:
             if not _has_policy(epoch.state) or 0 < epoch.sam_fraction < 1:
                 return
 
-    def epochs(self, seed: int) -> Iterator[Epoch]:
+    def epochs(
+        self,
+        seed: int,
+        before_step: BeforeStep = lambda *_: None,
+        **hyperparams: float,
+    ) -> Iterator[Epoch]:
         """Trains, and stops after each epoch for a look.
 
         Args:
           seed: decides label noise, initial parameters, order of the examples and
             dropout.
+          before_step: is shown the state, the batch and the random key of each step;
+            the state is valid until it returns.
+          **hyperparams: in the place of those that the optimizer was built with, which
+            must be made by `optax.inject_hyperparams`; nothing is compiled anew.
 
         Yields:
           An :class:`Epoch`.
@@ -168,6 +203,10 @@ class Trainer:
         rng = np.random.default_rng([seed, 1])
         init_key, key = jax.random.split(jax.random.key(seed))
         state = self._init(init_key, images[:1])
+        if hyperparams:
+            values = {name: jnp.float32(value) for name, value in hyperparams.items()}
+            opt_state = optax.tree.set(state.opt_state, **values)
+            state = state._replace(opt_state=opt_state)
         seconds, steps = 0.0, 0
         for _ in range(task.epochs):
             key, epoch_key = jax.random.split(key)
@@ -175,10 +214,10 @@ class Trainer:
             indices = data.batches(len(labels), task.batch_size, rng)
             jax.block_until_ready((state, keys))
             start = time.perf_counter()
-            for step_key, batch in zip(keys, indices, strict=True):
-                state, metrics = self._step(
-                    state, _gather(images, labels, batch), step_key
-                )
+            for step_key, chosen in zip(keys, indices, strict=True):
+                batch = self._gather(images, labels, chosen)
+                before_step(state, batch, step_key)
+                state, metrics = self._step(state, batch, step_key)
             jax.block_until_ready(state)
             seconds += time.perf_counter() - start
             steps += task.steps_per_epoch
@@ -230,46 +269,6 @@ def sharpness(
     )
 
 
-def recalibrated(
-    model: nn.Module, params: Any, model_state: Any, batches: Iterable[jax.Array]
-) -> Any:
-    """Batch statistics at the given parameters, in the place of running averages.
-
-    Those of training belong to the parameters of many steps; MSAM's also to perturbed
-    ones.
-
-    Args:
-      model: a Linen module; its batch statistics are the collection `batch_stats`.
-      params: where the statistics are computed.
-      model_state: collections of the model other than the parameters.
-      batches: images, batch by batch, all of one shape.
-
-    Returns:
-      `model_state`, in which `batch_stats` are the mean of the batches' statistics;
-      as it is for a model without any.
-    """
-    if "batch_stats" not in model_state:
-        return model_state
-    zeros = optax.tree.zeros_like(model_state["batch_stats"])
-    total, count, decay = zeros, 0, None
-    for images in batches:
-        if decay is None:
-            # A step of the running average: decay * running + (1 - decay) * batch. In
-            # a network of zeros all batch statistics are 0: what is left of ones is
-            # the decay.
-            decay = _updated_statistics(
-                model,
-                optax.tree.zeros_like(params),
-                optax.tree.ones_like(zeros),
-                jnp.zeros_like(images),
-            )
-        total = optax.tree.add(total, _updated_statistics(model, params, zeros, images))
-        count += 1
-    statistics = jax.tree.map(lambda t, d: t / (count * (1 - d)), total, decay)
-    return {**model_state, "batch_stats": statistics}
-
-
-@jax.jit
 def _gather(images: jax.Array, labels: jax.Array, indices: Any) -> tuple[Any, Any]:
     """A batch of data that is on the device, without a copy from the host."""
     return images[indices], labels[indices]
@@ -310,15 +309,3 @@ def _loss_gradient(model, weights, images, labels):
         return _cross_entropy(logits, labels).sum()
 
     return jax.grad(loss)(weights.params)
-
-
-@partial(jax.jit, static_argnums=0)
-def _updated_statistics(model, params, statistics, images):
-    _, updated = model.apply(
-        {"params": params, "batch_stats": statistics},
-        images,
-        train=True,
-        mutable=["batch_stats"],
-        rngs={"dropout": jax.random.key(0)},
-    )
-    return updated["batch_stats"]

@@ -1,6 +1,5 @@
 """Sharpness-aware optimizers for JAX as pure Optax transformations."""
 
-from msam_optax.accumulate import microbatched as microbatched
 from msam_optax.aliases import ae_sam as ae_sam
 from msam_optax.aliases import asam as asam
 from msam_optax.aliases import fisher_sam as fisher_sam
@@ -15,6 +14,7 @@ from msam_optax.ascent_random import RandomAscentState as RandomAscentState
 from msam_optax.ascent_random import gaussian_ascent as gaussian_ascent
 from msam_optax.ascent_random import stochastic_ascent as stochastic_ascent
 from msam_optax.ascent_scaled import adaptive_ascent as adaptive_ascent
+from msam_optax.ascent_scaled import clip_by_weight_norm as clip_by_weight_norm
 from msam_optax.ascent_scaled import filterwise_ascent as filterwise_ascent
 from msam_optax.ascent_scaled import layerwise_ascent as layerwise_ascent
 from msam_optax.ascent_scaled import weight_scaled_ascent as weight_scaled_ascent

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from msam_optax._numerics import statistics_dtype, vdot
 
-LossFn = Callable[[Any, Any], jax.Array]
+MeanLoss = Callable[[Any, Any], jax.Array]
 OnBatch = Callable[[], Any]
 
 
@@ -103,7 +103,7 @@ def _sized(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def batch_loss(loss_fn: LossFn, params: Any, batch: Any) -> jax.Array:
+def batch_loss(loss_fn: MeanLoss, params: Any, batch: Any) -> jax.Array:
     """The loss of one batch."""
     value = loss_fn(params, batch)
     if isinstance(value, tuple) or jnp.shape(value) != ():
@@ -115,13 +115,15 @@ def batch_loss(loss_fn: LossFn, params: Any, batch: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def batch_gradient(loss_fn: LossFn, params: Any, batch: Any) -> Any:
+def batch_gradient(loss_fn: MeanLoss, params: Any, batch: Any) -> Any:
     """The gradient of one batch."""
     return jax.grad(batch_loss, argnums=1)(loss_fn, params, batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def batch_hessian_vector(loss_fn: LossFn, params: Any, vector: Any, batch: Any) -> Any:
+def batch_hessian_vector(
+    loss_fn: MeanLoss, params: Any, vector: Any, batch: Any
+) -> Any:
     """H · vector for the Hessian of one batch, forward over reverse."""
 
     def at(params):
@@ -132,7 +134,7 @@ def batch_hessian_vector(loss_fn: LossFn, params: Any, vector: Any, batch: Any) 
 
 @functools.partial(jax.jit, static_argnums=0)
 def batch_quadratic_form(
-    loss_fn: LossFn, params: Any, vector: Any, batch: Any
+    loss_fn: MeanLoss, params: Any, vector: Any, batch: Any
 ) -> jax.Array:
     """vector · H · vector for the Hessian of one batch."""
     return vdot(vector, batch_hessian_vector(loss_fn, params, vector, batch))

@@ -190,6 +190,63 @@ def layerwise_ascent(
     return make_ascent(rho, perturb)
 
 
+def clip_by_weight_norm(max_ratio: float) -> optax.GradientTransformationExtraArgs:
+    r"""Shortens a perturbation to at most max_ratio times the norm of the weights.
+
+    .. math::
+      \varepsilon \to \varepsilon\,
+      \min\!\left(1, \frac{\text{max\_ratio}\,\|w\|}{\|\varepsilon\|}\right),
+
+    with the norms over all parameters together. A radius that is too large diverges
+    where the weights are small, as they are at the start; the limit grows with them.
+
+    *Cost*: no extra gradient. *State*: none, but in
+    :func:`msam_optax.momentum_perturbation` an ascent costs one tree like the
+    parameters. *Position*: in a chain behind an ascent.
+
+    On MNIST-5k and Fashion-MNIST with 40% random labels (MLP, five seeds) MSAM with a
+    limit of 0.04 diverged at no rho up to 4.5, and rhos within a point of the best
+    spanned a factor of four and of five, in the place of 1.5 and 1: see
+    ``benchmarks/results/figures/stability.md``. The best accuracy stayed as it was.
+
+    Args:
+      max_ratio: the limit, a positive number without a unit.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` that needs ``params``.
+
+    Raises:
+      ValueError: if max_ratio is not a positive finite number, or ``update`` gets no
+        ``params``.
+
+    >>> import jax.numpy as jnp, msam_optax, optax
+    >>> ascent = optax.chain(
+    ...     msam_optax.normalized_ascent(rho=3.0), msam_optax.clip_by_weight_norm(0.04)
+    ... )
+    >>> tx = msam_optax.momentum_perturbation(optax.sgd(0.1, 0.9), ascent=ascent)
+    >>> params = jnp.array([3.0, 4.0])
+    >>> epsilon, _ = ascent.update(jnp.array([0.0, 1.0]), ascent.init(params), params)
+    >>> print(epsilon)
+    [0.  0.2]
+
+    References:
+      Becker, Altrock and Risse, `Momentum-SAM: Sharpness Aware Minimization without
+      Computational Overhead <https://arxiv.org/abs/2401.12033>`_, 2024, name what
+      limits rho as open. The limit is this library's own.
+    """
+    check_real("max_ratio", max_ratio, 0, excluded=0)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        _check_params(params)
+        ratio = safe_divide(max_ratio * global_norm(params), global_norm(updates))
+        return scale(jnp.minimum(ratio, 1), updates), state
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(), update_fn
+    )
+
+
 def _sized_ascent(
     rho: ScalarOrSchedule, size: Callable[[jax.Array], jax.Array], mask: Any, power: int
 ) -> optax.GradientTransformationExtraArgs:

@@ -60,27 +60,22 @@ def recalibrate_batch_stats(
     if "batch_stats" not in model_state:
         return model_state
     update = partial(_linen_statistics, model, tuple(sorted(apply_kwargs.items())))
-    others = {k: v for k, v in model_state.items() if k != "batch_stats"}
-    zeros = optax.tree.zeros_like(model_state["batch_stats"])
-    ones = optax.tree.ones_like(zeros)
+    old = model_state["batch_stats"]
+    variables = {**model_state, "params": params}
+    del variables["batch_stats"]
     mean, decay = _Mean(), None
     for inputs in batches:
         if decay is None:
-            # A step of the running average: decay * running + (1 - decay) * batch. In
-            # a network of zeros all batch statistics are 0: what is left of ones is
-            # the decay.
-            nothing = (
-                optax.tree.zeros_like(params),
-                jax.tree.map(jnp.zeros_like, inputs),
-            )
-            decay = update({**others, "params": nothing[0]}, ones, nothing[1])
-            if all(bool(jnp.all(d == 1)) for d in jax.tree.leaves(decay)):
-                raise ValueError(
-                    "The module left its batch statistics as they are: call it as in "
-                    "training, recalibrate_batch_stats(..., train=True) for instance."
-                )
-        mean.add(update({**others, "params": params}, zeros, inputs), inputs)
-    statistics = jax.tree.map(lambda t, d: t / _share(d), mean.result(), decay)
+            decay = _decay(update, variables, old, inputs)
+            # A layer that is frozen normalises by its statistics, and keeps them.
+            running = jax.tree.map(lambda d, s: jnp.where(d == 1, s, 0), decay, old)
+        mean.add(update(variables, running, inputs), inputs)
+    statistics = jax.tree.map(
+        lambda t, d, s: s if jnp.all(d == 1) else t / _share(d),
+        mean.result(),
+        decay,
+        old,
+    )
     return {**model_state, "batch_stats": statistics}
 
 
@@ -115,22 +110,35 @@ def recalibrate_nnx_batch_stats(
     for _, module in nnx.iter_modules(training):
         if isinstance(module, nnx.BatchNorm):
             module.momentum = 0.0  # the running average is the last batch's
-    parts: Any = nnx.split(training, nnx.BatchStat, ...)
-    graphdef, statistics, others = parts
-    if not jax.tree.leaves(statistics):
+    graphdef, state = nnx.split(training)
+    if not jax.tree.leaves(nnx.state(training, nnx.BatchStat)):
         return
-
-    @jax.jit
-    def update(inputs):
-        # What is made inside of jit may be changed there.
-        inside = nnx.merge(graphdef, statistics, others, copy=True)
-        inside(inputs, **call_kwargs)
-        return nnx.state(inside, nnx.BatchStat)
-
+    update = partial(_nnx_statistics, graphdef, tuple(sorted(call_kwargs.items())))
     mean = _Mean()
     for inputs in batches:
-        mean.add(update(inputs), inputs)
+        mean.add(update(state, inputs), inputs)
     nnx.update(model, mean.result())
+
+
+def _decay(update: Any, variables: Any, statistics: Any, inputs: Any) -> Any:
+    """Of the running averages; 1 where the module takes no statistics.
+
+    A step of the running average is decay * running + (1 - decay) * batch. The step
+    from ones less that from zeros is the decay, exactly in a network of zeros, whose
+    batch statistics are 0.
+    """
+    network = {**variables, "params": optax.tree.zeros_like(variables["params"])}
+    inputs = jax.tree.map(jnp.zeros_like, inputs)
+    decay = optax.tree.sub(
+        update(network, optax.tree.ones_like(statistics), inputs),
+        update(network, optax.tree.zeros_like(statistics), inputs),
+    )
+    if all(bool(jnp.all(d == 1)) for d in jax.tree.leaves(decay)):
+        raise ValueError(
+            "The module left its batch statistics as they are: call it as in training, "
+            "recalibrate_batch_stats(..., train=True) for instance."
+        )
+    return decay
 
 
 def _share(decay: jax.Array) -> float:
@@ -170,3 +178,10 @@ def _linen_statistics(model, apply_kwargs, variables, statistics, inputs):
         **dict(apply_kwargs),
     )
     return updated["batch_stats"]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _nnx_statistics(graphdef, call_kwargs, state, inputs):
+    model = nnx.merge(graphdef, state, copy=True)
+    model(inputs, **dict(call_kwargs))
+    return nnx.state(model, nnx.BatchStat)

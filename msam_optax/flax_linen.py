@@ -54,7 +54,7 @@ def linen_loss(
     """
 
     def loss_fn(params, model_state, batch, key):
-        variables = {"params": params, **model_state}
+        variables = {"params": params, **(model_state or {})}
         streams = (
             {}
             if key is None

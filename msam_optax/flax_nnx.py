@@ -4,7 +4,7 @@ Extra: ``pip install msam_optax[flax]``.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import optax
@@ -14,6 +14,7 @@ from msam_optax.eval_params import eval_params
 from msam_optax.train import LossFn
 from msam_optax.train_state import TrainState
 
+Module = TypeVar("Module", bound=nnx.Module)
 # loss(model, batch) -> (loss, aux)
 NNXLoss = Callable[[nnx.Module, Any], tuple[jax.Array, Any]]
 
@@ -53,7 +54,7 @@ def nnx_loss(model: nnx.Module, loss: NNXLoss) -> LossFn:
         inside = nnx.merge(graphdef, params, model_state, copy=True)
         value, aux = loss(inside, batch)
         _, _, model_state = _split(inside, nnx.Param)
-        return value, (model_state, aux)
+        return value, (nnx.as_pure(model_state), aux)
 
     return loss_fn
 
@@ -125,7 +126,7 @@ def nnx_update(
     return value, aux
 
 
-def eval_model(model: nnx.Module, optimizer: nnx.Optimizer) -> nnx.Module:
+def eval_model(model: Module, optimizer: nnx.Optimizer) -> Module:
     """A copy of the module with the unperturbed parameters: the one to evaluate.
 
     Call its ``eval()``, and take its batch statistics anew by

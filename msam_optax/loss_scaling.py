@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from msam_optax._hyperparams import check_integer, check_real
 
@@ -137,5 +138,18 @@ _scale_cotangent.defvjp(_forward, _backward)
 
 def all_finite(tree: Any) -> jax.Array:
     """Whether all numbers in a tree of arrays are finite; a boolean scalar."""
-    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
+    return stay_finite(tree, optax.tree.zeros_like(tree))
+
+
+def stay_finite(new: Any, old: Any) -> jax.Array:
+    """Whether no number of a tree that was finite is so no longer; a boolean scalar.
+
+    An optimizer's state can take up an infinity that its updates don't show: an
+    accumulator of micro-batches, a momentum behind a sign.
+    """
+    stay = [
+        jnp.all(jnp.isfinite(n) | ~jnp.isfinite(o))
+        for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+        if jnp.issubdtype(n.dtype, jnp.inexact)  # not counters and keys
+    ]
+    return jnp.all(jnp.asarray(stay))

@@ -27,6 +27,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from msam_optax._hessian import HessianEigenvalues as HessianEigenvalues
+from msam_optax._hessian import HessianTrace as HessianTrace
+from msam_optax._hessian import curvature_along as curvature_along
+from msam_optax._hessian import hessian_eigenvalues as hessian_eigenvalues
+from msam_optax._hessian import hessian_trace as hessian_trace
 from msam_optax._numerics import (
     add_scaled,
     global_norm,
@@ -35,7 +40,7 @@ from msam_optax._numerics import (
     scale,
 )
 from msam_optax._over_batches import (
-    LossFn,
+    MeanLoss,
     OnBatch,
     batch_gradient,
     batch_loss,
@@ -44,11 +49,6 @@ from msam_optax._over_batches import (
     mean_tree,
     wide,
 )
-from msam_optax.hessian import HessianEigenvalues as HessianEigenvalues
-from msam_optax.hessian import HessianTrace as HessianTrace
-from msam_optax.hessian import curvature_along as curvature_along
-from msam_optax.hessian import hessian_eigenvalues as hessian_eigenvalues
-from msam_optax.hessian import hessian_trace as hessian_trace
 
 
 class WorstCase(NamedTuple):
@@ -64,7 +64,7 @@ class WorstCase(NamedTuple):
 
 
 def mean_loss(
-    loss_fn: LossFn,
+    loss_fn: MeanLoss,
     params: Any,
     batches: Iterable[Any],
     *,
@@ -97,7 +97,7 @@ def mean_loss(
 
 
 def mean_gradient(
-    loss_fn: LossFn,
+    loss_fn: MeanLoss,
     params: Any,
     batches: Iterable[Any],
     *,
@@ -129,7 +129,7 @@ def mean_gradient(
 
 
 def sharpness_along(
-    loss_fn: LossFn,
+    loss_fn: MeanLoss,
     params: Any,
     perturbation: Any,
     batches: Iterable[Any],
@@ -180,7 +180,7 @@ def sharpness_along(
 
 
 def worst_case_sharpness(
-    loss_fn: LossFn,
+    loss_fn: MeanLoss,
     params: Any,
     batches: Iterable[Any],
     rho: float,

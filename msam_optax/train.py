@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from msam_optax._find_momentum import find_states
-from msam_optax._hyperparams import check_transformation
+from msam_optax._hyperparams import check_integer, check_transformation
+from msam_optax.accumulate import microbatched
 from msam_optax.employ import EmployState
 from msam_optax.loss_scaling import (
     LossScaleState,
     LossScaling,
     all_finite,
     scaled_backward,
+    stay_finite,
 )
 from msam_optax.train_state import CleanPass, StepMetrics, TrainState, step_metrics
 
@@ -33,6 +35,7 @@ def make_train_step(
     dispatch: Dispatch = "auto",
     donate: bool = True,
     loss_scaling: LossScaling | None = None,
+    microbatches: int = 1,
 ) -> TrainStep:
     """Builds the jitted training step of a loss and an optimizer.
 
@@ -64,6 +67,15 @@ def make_train_step(
       loss_scaling: skips steps that are not finite, and scales the loss for float16;
         the first state then holds ``loss_scale=loss_scaling.init()``. Float32 and
         bfloat16 training needs none.
+      microbatches: takes each gradient of the batch in so many parts, one after the
+        other: activations need the memory of one part, and a tree like the parameters
+        more. **There is one epsilon for the whole batch**, and the step equals that of
+        the large batch. Batch norm normalises within each part. The loss is averaged,
+        so methods that select samples can't be used. XLA for CPU runs a convolution's
+        gradient many times slower in a loop, as this is. For one epsilon for each part
+        (m-sharpness), hand the step one micro-batch after the other instead, and let
+        Optax accumulate behind the ascent: ``optax.chain(sharpness_aware_gradient(
+        ascent), optax.MultiSteps(optimizer, k).gradient_transformation())``.
 
     Returns:
       ``step(state, batch, key) -> (state, metrics)`` with a :class:`TrainState` and
@@ -71,7 +83,8 @@ def make_train_step(
 
     Raises:
       ValueError: if dispatch is none of the three, or is "host" where the step is
-        traced or the optimizer employs in several places.
+        traced or the optimizer employs in several places; if microbatches is not a
+        positive integer that divides the batch.
 
     >>> import jax, jax.numpy as jnp, msam_optax, optax
     >>> def loss_fn(params, model_state, batch, key):
@@ -97,13 +110,16 @@ def make_train_step(
             f"loss_scaling must be a LossScaling, but {loss_scaling!r} was given."
         )
 
+    check_integer("microbatches", microbatches, 1)
+
     def example_losses(loss_scale):
-        def checked_loss_fn(params, model_state, batch, key):
+        def losses(params, model_state, batch, key):
             return _check_result(loss_fn(params, model_state, batch, key))
 
-        if loss_scaling is None:
-            return checked_loss_fn
-        return scaled_backward(checked_loss_fn, loss_scale.scale)
+        # The scale belongs to the backward pass of each part.
+        if loss_scaling is not None:
+            losses = scaled_backward(losses, loss_scale.scale)
+        return losses if microbatches == 1 else microbatched(losses, microbatches)
 
     # Jitted, so that the two passes are traced once.
     @jax.jit
@@ -151,7 +167,9 @@ def make_train_step(
         new_state = TrainState(params, opt_state, clean.model_state, state.loss_scale)
         finite = jnp.asarray(True)
         if loss_scaling is not None:
-            finite = all_finite((clean.loss, clean.grads, updates))
+            finite = all_finite((clean.loss, clean.grads, updates)) & stay_finite(
+                opt_state, state.opt_state
+            )
             kept = jax.tree.map(partial(jnp.where, finite), new_state, state)
             loss_scale = loss_scaling.adjust(state.loss_scale, finite)
             new_state = kept._replace(loss_scale=loss_scale)
@@ -174,7 +192,7 @@ def make_train_step(
 
     def step(state, batch, key):
         _check_loss_scale(loss_scaling, state)
-        if not _from_host(dispatch, state):
+        if not _from_host(dispatch, state, (batch, key)):
             return in_graph(state, batch, key)
         clean, decision = first_half(state, batch, key)
         return second_half(state, clean, batch, key, employed=bool(decision))
@@ -205,11 +223,13 @@ def _check_result(result: Any) -> Any:
     return result
 
 
-def _from_host(dispatch: Dispatch, state: TrainState) -> bool:
+def _from_host(dispatch: Dispatch, state: TrainState, inputs: Any) -> bool:
     """Whether to dispatch from the host, as asked for or as fits."""
     places = _employing_places(jax.tree.structure(state.opt_state))
     leaves = jax.tree.leaves((state.params, state.opt_state))
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    traced = any(
+        isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, inputs))
+    )
     if dispatch == "host" and traced:
         raise ValueError(
             'dispatch="host" reads each decision on the host, but the step was called '

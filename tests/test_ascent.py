@@ -198,6 +198,28 @@ def test_the_adaptive_radius_is_invariant_to_rescaling_a_weight(
     assert np.linalg.norm(moved) == pytest.approx(RHO, rel=1e-9)
 
 
+@pytest.mark.parametrize(("ratio", "length"), [(0.01, 0.05), (10.0, RHO)])
+def test_a_limit_shortens_the_whole_perturbation_and_never_lengthens_it(ratio, length):
+    params = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}  # of norm 5
+    direction = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([[-2.0]])}
+    ascent = optax.chain(mo.normalized_ascent(RHO), mo.clip_by_weight_norm(ratio))
+    expected = jax.tree.map(lambda g: length * g / 3, direction)
+    chex.assert_trees_all_close(epsilon_of(ascent, direction, params), expected)
+
+
+def test_a_limited_momentum_perturbation_grows_with_the_weights():
+    ascent = optax.chain(mo.normalized_ascent(1e3), mo.clip_by_weight_norm(0.04))
+    tx = mo.momentum_perturbation(optax.sgd(0.1, momentum=0.9), ascent=ascent)
+    params = jnp.array([3.0, 4.0])
+    state = tx.init(params)
+    for _ in range(5):
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+        weights = mo.eval_params(state, params)
+        length = np.linalg.norm(params - weights)
+        assert length == pytest.approx(0.04 * np.linalg.norm(weights), rel=1e-4)
+
+
 # --- Zeros and number formats ---------------------------------------------------------
 
 ASCENTS = {
@@ -205,6 +227,7 @@ ASCENTS = {
     "adaptive": mo.adaptive_ascent(RHO, 0.01),
     "adaptive without eta": mo.adaptive_ascent(RHO, 0.0, mask=True),
     "unnormalized": mo.unnormalized_ascent(RHO),
+    "clipped": optax.chain(mo.normalized_ascent(RHO), mo.clip_by_weight_norm(0.01)),
 }
 all_ascents = pytest.mark.parametrize("name", ASCENTS)
 
@@ -317,6 +340,12 @@ def test_a_p_outside_one_to_infinity_is_refused_when_built(p):
 def test_an_eta_that_is_no_length_is_refused_when_built(eta):
     with pytest.raises(ValueError, match=r"eta must be one finite real number in \[0"):
         mo.adaptive_ascent(RHO, eta)
+
+
+@pytest.mark.parametrize("ratio", [0, -1.0, np.nan, np.inf, None, "0.1"])
+def test_a_limit_that_is_no_ratio_is_refused_when_built(ratio):
+    with pytest.raises(ValueError, match=r"max_ratio must be one finite real number"):
+        mo.clip_by_weight_norm(ratio)
 
 
 def test_adaptive_ascent_asks_for_missing_params():

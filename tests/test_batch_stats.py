@@ -1,5 +1,7 @@
 """Batch statistics taken anew at given parameters, in Linen and NNX."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -87,7 +89,7 @@ def test_nnx_recalibration_changes_statistics_alone():
     model.eval()
 
     def all_else():
-        _, _, others = nnx.split(model, nnx.BatchStat, ...)
+        others = nnx.state(model, nnx.Not(nnx.BatchStat))
         leaves = jax.tree.leaves(others)
         return [
             jax.random.key_data(x)
@@ -99,7 +101,7 @@ def test_nnx_recalibration_changes_statistics_alone():
     before = [np.array(x) for x in all_else()]
     recalibrate_nnx_batch_stats(model, batches_of_four_features())
     jax.tree.map(np.testing.assert_array_equal, all_else(), before)
-    norm = model.layers[1]
+    norm: Any = model.layers[1]
     assert norm.use_running_average and norm.momentum == 0.97
     assert jnp.all(norm.mean[...] != 0)
 
@@ -108,6 +110,69 @@ def test_a_model_without_statistics_stays():
     state = {"cache": jnp.ones(2)}
     assert recalibrate_batch_stats(nn.Dense(2), {}, state, []) is state
     recalibrate_nnx_batch_stats(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [])
+
+
+class TwoNorms(nn.Module):
+    """Batch norm before and after a dense layer, of different decays."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = nn.BatchNorm(not train, momentum=0.5, name="first")(images)
+        x = nn.Dense(3, name="dense")(x)
+        return nn.BatchNorm(not train, momentum=0.99, name="second")(x)
+
+
+def test_recalibrated_statistics_equal_those_by_hand():
+    rng = np.random.default_rng(0)
+    batches = jnp.asarray(rng.normal(5.0, 30.0, (4, 20, 6)), jnp.float32)
+    model = TwoNorms()
+    variables = dict(model.init(jax.random.key(0), batches[0], train=False))
+    params = variables.pop("params")
+    stale = jax.tree.map(lambda s: s + 7.0, variables["batch_stats"])
+
+    found = recalibrate_batch_stats(
+        model, params, {"batch_stats": stale, "other": {}}, batches, train=True
+    )
+
+    def statistics(x):
+        return {"mean": x.mean(1).mean(0), "var": x.var(1).mean(0)}
+
+    x = np.asarray(batches, np.float64)
+    by_hand = {"first": statistics(x)}
+    x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+    dense = jax.tree.map(np.asarray, params["dense"])
+    by_hand["second"] = statistics(x @ dense["kernel"] + dense["bias"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        found["batch_stats"],
+        by_hand,
+    )
+    assert found["other"] == {}
+
+
+class HalfFrozen(nn.Module):
+    """A pretrained norm whose statistics stay, and a new one."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True)(x)
+        # A bounded activation that is not 0 at 0, before a norm.
+        x = nn.sigmoid(x)
+        return nn.BatchNorm(use_running_average=False, momentum=0.9)(x)
+
+
+def test_a_frozen_layer_keeps_its_statistics_and_is_applied_with_them():
+    model, batches = HalfFrozen(), batches_of_four_features()
+    state = dict(model.init(jax.random.key(0), batches[0]))
+    params = state.pop("params")
+    frozen = {"mean": jnp.full(4, 3.0), "var": jnp.full(4, 4.0)}
+    state["batch_stats"]["BatchNorm_0"] = frozen
+    new = recalibrate_batch_stats(model, params, state, batches)["batch_stats"]
+    jax.tree.map(np.testing.assert_array_equal, new["BatchNorm_0"], frozen)
+    activations = [jax.nn.sigmoid((x - 3.0) / jnp.sqrt(4.0 + 1e-5)) for x in batches]
+    mean, variance = exact_statistics(activations)
+    np.testing.assert_allclose(new["BatchNorm_1"]["mean"], mean, rtol=1e-5)
+    np.testing.assert_allclose(new["BatchNorm_1"]["var"], variance, rtol=1e-3)
 
 
 def test_it_changes_the_accuracy():
@@ -132,7 +197,7 @@ def test_it_changes_the_accuracy():
 
     def accuracy(model_state):
         variables = {"params": weights, **model_state}
-        logits = model.apply(variables, images[test], train=False)
+        logits: Any = model.apply(variables, images[test], train=False)
         return float(jnp.mean(logits.argmax(-1) == labels[test]))
 
     batches = images[train].reshape(12, 100, 64)

@@ -1,5 +1,8 @@
 """The same training in Flax Linen, Flax NNX, Equinox and plain JAX."""
 
+from typing import Any
+
+import chex
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -55,11 +58,13 @@ class NNXNet(nnx.Module):
         )
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         self.last = nnx.Linear(WIDTH, 1, param_dtype=kernel.dtype, rngs=rngs)
+        layer: Any
         for layer, name in ((self.first, "Dense_0"), (self.last, "Dense_1")):
             layer.kernel[...] = params[name]["kernel"]
             layer.bias[...] = params[name]["bias"]
-        self.norm.scale[...] = params["BatchNorm_0"]["scale"]
-        self.norm.bias[...] = params["BatchNorm_0"]["bias"]
+        norm: Any = self.norm
+        norm.scale[...] = params["BatchNorm_0"]["scale"]
+        norm.bias[...] = params["BatchNorm_0"]["bias"]
         self.norm.mean = nnx.BatchStat(statistics["BatchNorm_0"]["mean"])
         self.norm.var = nnx.BatchStat(statistics["BatchNorm_0"]["var"])
 
@@ -71,9 +76,9 @@ class NNXNet(nnx.Module):
         def dense(layer):
             return {"kernel": layer.kernel[...], "bias": layer.bias[...]}
 
-        norm = {"scale": self.norm.scale[...], "bias": self.norm.bias[...]}
+        norm: Any = self.norm
         return {
-            "BatchNorm_0": norm,
+            "BatchNorm_0": {"scale": norm.scale[...], "bias": norm.bias[...]},
             "Dense_0": dense(self.first),
             "Dense_1": dense(self.last),
         }
@@ -295,6 +300,42 @@ def test_an_nnx_step_draws_anew_each_time():
     state, first = step(init_nnx(model, tx), batch, None)
     _, second = step(state, batch, None)
     assert first.loss != second.loss
+
+
+@pytest.mark.parametrize("scaling", [None, msam_optax.LossScaling()])
+def test_an_nnx_state_keeps_its_structure(scaling):
+    """So that it can be scanned, skipped and restored from a checkpoint."""
+    first = init_linen(
+        LinenNet(), optax.sgd(0.1), jax.random.key(0), jnp.ones((4, 3)), train=False
+    )
+    model = NNXNet(first.params, first.model_state["batch_stats"], dropout=0.5)
+    tx = msam_optax.ae_sam(optax.sgd(0.1), rho=0.1, total_steps=STEPS)
+    step = msam_optax.make_train_step(
+        nnx_loss(model, nnx_squared_error), tx, loss_scaling=scaling
+    )
+    state = init_nnx(model, tx)._replace(loss_scale=scaling.init() if scaling else ())
+    batches = [jax.tree.map(jnp.float32, batch) for batch in data()]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
+    scanned, _ = jax.lax.scan(lambda s, batch: step(s, batch, None), state, stacked)
+    for batch in batches:
+        state, metrics = step(state, batch, None)
+        assert not metrics.skipped
+    chex.assert_trees_all_equal_structs(state, scanned)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        scanned.params,
+        state.params,
+    )
+
+
+def test_a_linen_loss_takes_a_state_without_collections():
+    model, tx = nn.Dense(1), optax.sgd(0.1)
+    params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    step = msam_optax.make_train_step(linen_loss(model, squared_error), tx)
+    state = msam_optax.TrainState(params, tx.init(params))
+    batch = jnp.ones((4, 3)), jnp.zeros((4, 1))
+    state, metrics = step(state, batch, jax.random.key(0))
+    assert jnp.isfinite(metrics.loss)
 
 
 def test_equinox_equals_plain_jax(x64):

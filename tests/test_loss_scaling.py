@@ -1,6 +1,7 @@
 """Mixed precision: bfloat16, float16 with a loss scale, and steps that are skipped."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +145,29 @@ def test_an_overflow_in_the_second_gradient_alone_is_skipped():
     assert not jnp.isfinite(state.params).any()
 
 
+@pytest.mark.parametrize("kind", ["MultiSteps", "lion"])
+def test_an_infinity_that_the_updates_do_not_show_is_skipped(kind):
+    """An accumulator's updates are zeros, Lion's are signs."""
+
+    def steep(params, model_state, batch, key):
+        return jnp.sum(batch * params**4), (model_state, {})
+
+    base = {
+        "MultiSteps": optax.MultiSteps(SGD, 2).gradient_transformation(),
+        "lion": optax.lion(0.1),
+    }[kind]
+    ascent = msam_optax.sharpness_aware_gradient(msam_optax.normalized_ascent(1e20))
+    batches = [jnp.float32(1.0), jnp.float32(0.0), jnp.float32(0.0)]
+    state, _ = train(
+        steep, optax.chain(ascent, base), jnp.ones(3), batches[:1], SKIPPING
+    )
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state))
+    state, metrics = train(
+        steep, optax.chain(ascent, base), jnp.ones(3), batches, SKIPPING
+    )
+    assert not metrics.skipped
+
+
 def test_the_scale_halves_and_grows_within_its_bounds():
     scaling = LossScaling(4.0, growth_interval=3, minimum=1.0)
     state, scales = scaling.init(), []
@@ -247,5 +271,6 @@ def test_a_senseless_scaling_is_named(scaling):
 
 
 def test_only_a_loss_scaling_will_do():
+    scale: Any = 1024.0
     with pytest.raises(ValueError, match="must be a LossScaling"):
-        make_train_step(losses, SGD, loss_scaling=1024.0)
+        make_train_step(losses, SGD, loss_scaling=scale)

@@ -469,3 +469,18 @@ def test_a_loss_function_with_another_result_is_told_what_is_needed(result):
     state = mo.TrainState(jnp.ones(3), tx.init(jnp.ones(3)))
     with pytest.raises(ValueError, match=r"must return \(loss, \(model_state, aux\)\)"):
         step(state, None, None)
+
+
+@pytest.mark.parametrize("through", ["vmap over batches", "jit of the batch"])
+def test_a_traced_batch_is_dispatched_in_graph(through):
+    """Though the state is not traced."""
+    state = quadratic_state(ae_sam())
+    step = mo.make_train_step(quadratic_loss, ae_sam(), donate=False)
+    expected, _ = step(state, jnp.eye(3), None)
+    if through == "jit of the batch":
+        found, _ = jax.jit(lambda batch: step(state, batch, None))(jnp.eye(3))
+    else:
+        batches = jnp.stack([jnp.eye(3), 2 * jnp.eye(3)])
+        found, _ = jax.vmap(step, in_axes=(None, 0, None))(state, batches, None)
+        found = jax.tree.map(lambda x: x[0], found)
+    chex.assert_trees_all_close(found.params, expected.params, rtol=1e-6)

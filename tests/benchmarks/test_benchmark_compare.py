@@ -8,7 +8,6 @@ from typing import Any
 
 import compare
 import data
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import models
@@ -350,49 +349,6 @@ def test_sharpness_of_logistic_regression(monkeypatch: pytest.MonkeyPatch) -> No
     norm = math.hypot(np.linalg.norm(kernel), np.linalg.norm(residual.mean(0)))
     found = training.sharpness(model, weights, images, labels, 0.01)
     assert found == pytest.approx(0.01 * norm, rel=0.05)
-
-
-class TwoNorms(nn.Module):
-    """Batch norm before and after a dense layer, of different decays."""
-
-    @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        x = nn.BatchNorm(not train, momentum=0.5, name="first")(images)
-        x = nn.Dense(3, name="dense")(x)
-        return nn.BatchNorm(not train, momentum=0.99, name="second")(x)
-
-
-def test_recalibrated_statistics_equal_those_by_hand() -> None:
-    rng = np.random.default_rng(0)
-    batches = rng.normal(5.0, 30.0, (4, 20, 6)).astype(np.float32)
-    model = TwoNorms()
-    variables = dict(model.init(jax.random.key(0), batches[0], train=False))
-    params = variables.pop("params")
-    stale = jax.tree.map(lambda s: s + 7.0, variables["batch_stats"])
-
-    found = training.recalibrated(
-        model, params, {"batch_stats": stale, "other": 1}, map(jnp.asarray, batches)
-    )
-
-    def statistics(x: np.ndarray) -> dict[str, np.ndarray]:
-        return {"mean": x.mean(1).mean(0), "var": x.var(1).mean(0)}
-
-    x = batches.astype(np.float64)
-    by_hand = {"first": statistics(x)}
-    x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
-    dense = jax.tree.map(np.asarray, params["dense"])
-    by_hand["second"] = statistics(x @ dense["kernel"] + dense["bias"])
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-        found["batch_stats"],
-        by_hand,
-    )
-    assert found["other"] == 1
-
-
-def test_recalibration_leaves_a_model_without_batch_norm_alone() -> None:
-    model_state: dict[str, Any] = {}
-    assert training.recalibrated(TwoNorms(), {}, model_state, []) is model_state
 
 
 # Tuning.

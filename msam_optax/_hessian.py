@@ -15,7 +15,7 @@ import optax
 from msam_optax._lanczos import largest_eigenpairs
 from msam_optax._numerics import global_norm, safe_divide, scale
 from msam_optax._over_batches import (
-    LossFn,
+    MeanLoss,
     OnBatch,
     batch_hessian_vector,
     batch_quadratic_form,
@@ -56,7 +56,7 @@ class HessianTrace(NamedTuple):
 
 
 def curvature_along(
-    loss_fn: LossFn,
+    loss_fn: MeanLoss,
     params: Any,
     direction: Any,
     batches: Iterable[Any],
@@ -101,7 +101,7 @@ def curvature_along(
 
 
 def hessian_trace(
-    loss_fn: LossFn,
+    loss_fn: MeanLoss,
     params: Any,
     batches: Iterable[Any],
     key: jax.Array,
@@ -164,7 +164,7 @@ def hessian_trace(
 
 
 def hessian_eigenvalues(
-    loss_fn: LossFn,
+    loss_fn: MeanLoss,
     params: Any,
     batches: Iterable[Any],
     k: int,

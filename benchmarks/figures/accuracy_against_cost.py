@@ -1,0 +1,90 @@
+"""Test accuracy against gradients a step, for the methods that pay for SAM in part.
+
+After the tables of arXiv 2304.14647 (AE-SAM), which set accuracy against the share of
+SAM steps, with MSAM of arXiv 2401.12033 beside:
+
+    python benchmarks/figures/accuracy_against_cost.py --quick
+
+Once with what was tuned for this task, and once, in a third of the epochs, at the usual
+learning rate, at which SGD fits wrong labels, with each method's default rho.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import common
+import numpy as np
+import optimizers
+from matplotlib.figure import Figure
+
+from msam_optax import plotting
+from msam_optax.plotting import Estimates
+
+METHODS = ("sgd", "msam", "looksam", "ae_looksam", "esam", "ss_sam", "ae_sam", "sam")
+
+
+def compute(study: common.Study) -> list[dict[str, Any]]:
+    """One row a learning rate, method and seed."""
+    usual = study.with_epochs(max(study.task.epochs // 3, 1))._replace(tuned={})
+    settings = [study, usual] if study.tuned else [study]
+    rows = []
+    with common.progress(len(settings) * len(METHODS) * len(study.seeds)) as bar:
+        for chosen in settings:
+            for method in METHODS:
+                rows += _runs(chosen, method, bar)
+    return rows
+
+
+def _runs(study: common.Study, method: str, bar: common.Bar) -> list[dict[str, Any]]:
+    setting = study.setting(method)
+    trainer = study.trainer(method)
+    extra_gradient = optimizers.METHODS[method].extra_gradient
+    rows = []
+    for seed in study.seeds:
+        bar.describe(f"{method}, seed {seed + 1} of {len(study.seeds)}")
+        *_, epoch = trainer.epochs(seed)
+        rows.append(
+            {
+                "method": method,
+                "seed": seed,
+                "epochs": study.task.epochs,
+                "learning_rate": setting.learning_rate,
+                "rho": setting.rho,
+                "hyperparameters": "tuned" if method in study.tuned else "default",
+                "sam_fraction": epoch.sam_fraction,
+                # In gradients of a batch a step, of which SGD takes one.
+                "cost": 1 + extra_gradient * epoch.sam_fraction,
+                **study.accuracies(epoch),
+            }
+        )
+        bar.advance()
+    return rows
+
+
+def draw(rows: Sequence[dict[str, Any]]) -> Figure:
+    """A point a method, with 68% intervals over the seeds; a panel a learning rate."""
+    groups = common.grouped(rows, "learning_rate")
+    figure, (axes,) = common.panels(1, len(groups))
+    for ax, (learning_rate, runs) in zip(axes, groups.items(), strict=True):
+        accuracies = common.summarise(runs, ("method",), "test_accuracy")
+        costs = common.summarise(runs, ("method",), "cost")
+        points = {
+            method: Estimates(costs[method,].mean, *(100 * np.array(accuracy)))
+            for (method,), accuracy in accuracies.items()
+        }
+        plotting.plot_cost(points, ax=ax)
+        ax.set_title(f"learning rate {learning_rate:g}, {runs[0]['epochs']} epochs")
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains, draws and saves; returns the exit code."""
+    study = common.open_study(__file__, __doc__, argv, quick={"epochs": 30})
+    rows = compute(study)
+    common.save(study, rows, draw(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

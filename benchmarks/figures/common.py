@@ -1,0 +1,262 @@
+"""What the scripts of figures share: arguments, runs, and what they leave behind."""
+
+import argparse
+import copy
+import csv
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `benchmarks/*.py`
+
+import arguments
+import numpy as np
+import optax
+import optimizers
+import report
+import training
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from msam_optax.plotting import Estimates
+
+RESULTS = optimizers.RESULTS / "figures"
+
+# What minutes on two cores show, and what an accelerator is for.
+_QUICK = {
+    "dataset": "mnist5k",
+    "model": "mlp",
+    "label_noise": 0.4,
+    "epochs": 15,
+    "seeds": 5,
+    "batch_size": 128,
+}
+_FULL = {
+    "dataset": "fashion_mnist",
+    "model": "wrn",
+    "label_noise": 0.4,
+    "epochs": 100,
+    "seeds": 3,
+    "batch_size": 256,
+}
+
+Build = Callable[[optimizers.Setting], optax.GradientTransformation]
+
+
+class Study(NamedTuple):
+    """What a figure is made of.
+
+    Attributes:
+      name: of the script, and of the files that it writes.
+      args: the command line.
+      settings: what was trained, and how.
+      task: model and data.
+      tuned: hyper-parameters by method, see `optimizers.load_tuned`.
+    """
+
+    name: str
+    args: argparse.Namespace
+    settings: dict[str, Any]
+    task: training.Task
+    tuned: dict[str, dict[str, float]]
+
+    @property
+    def seeds(self) -> range:
+        return range(self.settings["seeds"])
+
+    def setting(
+        self,
+        method: str,
+        *,
+        learning_rate: float | None = None,
+        rho: float | None = None,
+        momentum: float = optimizers.MOMENTUM,
+    ) -> optimizers.Setting:
+        """A method's hyper-parameters: those given, or else the tuned ones."""
+        tuned_rate, tuned_rho = optimizers.hyperparameters(method, self.tuned)
+        return optimizers.Setting(
+            learning_rate=tuned_rate if learning_rate is None else learning_rate,
+            rho=(tuned_rho or 0.0) if rho is None else rho,
+            weight_decay=self.args.weight_decay,
+            total_steps=self.task.total_steps,
+            momentum=momentum,
+        )
+
+    def trainer(self, method: str, **overrides: Any) -> training.Trainer:
+        """Trains by a method of `optimizers.METHODS`; overrides as in `setting`."""
+        entry = optimizers.METHODS[method]
+        optimizer = entry.build(self.setting(method, **overrides))
+        return training.Trainer(self.task, optimizer, entry.extra_gradient)
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """SGD's tuned one, and the usual one, at which it fits wrong labels too."""
+        usual = optimizers.METHODS["sgd"].default
+        return list(dict.fromkeys((self.setting("sgd").learning_rate, usual)))
+
+    def adjustable_trainer(
+        self, method: str, build: Build | None = None
+    ) -> training.Trainer:
+        """As `trainer`, and compiled once for `epochs(seed, learning_rate=, rho=)`.
+
+        Args:
+          method: its hyper-parameters are what an epoch is not told otherwise.
+          build: makes the optimizer; that of the method if None.
+        """
+        entry, setting = optimizers.METHODS[method], self.setting(method)
+
+        @optax.inject_hyperparams
+        def made(learning_rate, rho):
+            changed = setting._replace(learning_rate=learning_rate, rho=rho)
+            return (build or entry.build)(changed)
+
+        optimizer = made(setting.learning_rate, setting.rho)
+        return training.Trainer(self.task, optimizer, entry.extra_gradient)
+
+    def with_epochs(self, epochs: int) -> "Study":
+        """The same study with runs, and schedules, of another length."""
+        task = copy.copy(self.task)
+        task.epochs = epochs
+        task.total_steps = epochs * task.steps_per_epoch
+        return self._replace(task=task)
+
+    def accuracies(self, epoch: training.Epoch) -> dict[str, float]:
+        """On the test part, and on the labels trained on, noise included."""
+        task = self.task
+        weights = task.weights(epoch.state)
+        test = training.evaluate(
+            task.model, weights, task.test_images, task.test_labels
+        )
+        train = training.evaluate(task.model, weights, task.train_images, epoch.labels)
+        return {"test_accuracy": test.accuracy, "train_accuracy": train.accuracy}
+
+
+def open_study(
+    script: str,
+    doc: str | None,
+    argv: Sequence[str] | None = None,
+    *,
+    quick: Mapping[str, Any] = MappingProxyType({}),
+    full: Mapping[str, Any] = MappingProxyType({}),
+) -> Study:
+    """Reads the command line of a figure's script, and loads what it asks for.
+
+    Args:
+      script: the script's `__file__`.
+      doc: the script's `__doc__`.
+      argv: the command line's arguments; those of the process if None.
+      quick: what differs from the usual quick setting, for instance `label_noise`.
+      full: what differs from the usual full setting.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = {**_QUICK, **quick} if "--quick" in argv else {**_FULL, **full}
+    parser = arguments.Parser((doc or "").partition("\n")[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="the setting for two cores: minutes"
+    )
+    arguments.add_task_arguments(parser, seeds=chosen["seeds"])
+    parser.set_defaults(**chosen)
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="DIR", help="folder to write to"
+    )
+    args = parser.parse_args(argv, argparse.Namespace(argv=list(argv)))
+    return Study(
+        name=Path(script).stem,
+        args=args,
+        settings={key: getattr(args, key) for key in chosen},
+        task=arguments.load_task(parser, args),
+        tuned=optimizers.load_tuned(args.dataset, args.model)[0],
+    )
+
+
+class Bar:
+    """A progress bar's handle."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task("starting", total=total)
+
+    def describe(self, text: str) -> None:
+        self._progress.update(self._task, description=text)
+
+    def advance(self) -> None:
+        self._progress.advance(self._task)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Bar]:
+    """Shows how much of `total` is done, and what is going on."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeRemainingColumn(),
+        refresh_per_second=2,  # the bar shares the cores with what it shows
+    ) as shown:
+        yield Bar(shown, total)
+
+
+def grouped(
+    rows: Iterable[Mapping[str, Any]], column: str
+) -> dict[Any, list[Mapping[str, Any]]]:
+    """The rows of each value of a column, in the order in which the values come."""
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row[column], []).append(row)
+    return groups
+
+
+def summarise(
+    rows: Iterable[Mapping[str, Any]], by: Sequence[str], value: str
+) -> dict[tuple[Any, ...], report.Estimate]:
+    """Mean and 68% interval of a column over the seeds, grouped by other columns."""
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in by), []).append(row[value])
+    return {key: report.estimate(values) for key, values in groups.items()}
+
+
+def curves(
+    rows: Iterable[Mapping[str, Any]], label: str, x: str, y: str, scale: float = 1.0
+) -> dict[str, Estimates]:
+    """Column y against column x, a curve for each value of the column `label`."""
+    found = summarise(rows, (label, x), y)
+    result = {}
+    for name in dict.fromkeys(name for name, _ in found):
+        at = sorted(position for other, position in found if other == name)
+        estimates = np.array([found[name, position] for position in at])
+        result[str(name)] = Estimates(at, *(scale * estimates.T))
+    return result
+
+
+def panels(
+    rows: int, columns: int, *, alike: bool = False
+) -> tuple[Figure, np.ndarray]:
+    """A figure and its Axes[rows, columns], with alike y-axes in a row or their own."""
+    figure = Figure(figsize=(5 * columns, 3.6 * rows), dpi=150, layout="constrained")
+    return figure, figure.subplots(
+        rows, columns, squeeze=False, sharey="row" if alike else "none"
+    )
+
+
+def save(study: Study, rows: Sequence[Mapping[str, Any]], figure: Figure) -> None:
+    """Writes the rows as CSV, the figure as PNG, and how to repeat both as JSON."""
+    out = study.args.out
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / f"{study.name}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    figure.savefig(out / f"{study.name}.png")
+    report.write_json(
+        out / f"{study.name}.json",
+        {
+            "settings": {**study.settings, "weight_decay": study.args.weight_decay},
+            **report.provenance(f"figures/{study.name}.py", study.args.argv),
+        },
+    )
+    Console().print(f"Figure: {out / study.name}.png", soft_wrap=True)

@@ -1,0 +1,78 @@
+"""Cosine of momentum and gradient over training (MSAM paper, figure 2C).
+
+MSAM perturbs the weights by -ρ v/|v|. Whether that climbs the loss of the batch that
+comes next is the sign of cos(v, g), with v = v_{t-1} the momentum before the step and
+g = g_t the gradient of the step's batch at the unperturbed weights: the perturbation is
+an ascent where the cosine is negative. The momentum is what the optimizer holds, made
+of SAM's gradients in SAM, of those at the perturbed weights in MSAM, and of the weight
+decay.
+
+Hyper-parameters are the tuned ones. Further learning rates get their own panel, with
+the same ρ.
+
+Reference: Becker, Altrock and Risse, "Momentum-SAM", arXiv 2401.12033.
+
+    python benchmarks/figures/momentum_cosine.py --quick
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import common
+import jax
+import jax.numpy as jnp
+import optax
+from along_training import Moment, measured
+from matplotlib.figure import Figure
+
+from msam_optax.plotting import plot_estimates
+
+METHODS = ("sgd", "msam", "sam")
+LOOKS = 10
+
+
+@jax.jit
+def cosine(vector: Any, other: Any) -> jax.Array:
+    """Of the angle between two trees of arrays; 0 where one of them is all zeros."""
+    lengths = optax.tree.norm(vector) * optax.tree.norm(other)
+    return optax.tree.vdot(vector, other) / jnp.where(lengths == 0, 1, lengths)
+
+
+def measure(moment: Moment) -> dict[str, jax.Array]:
+    """The cosine at a step."""
+    return {"cosine": cosine(moment.momentum, moment.gradient(moment.weights))}
+
+
+def compute(study: common.Study) -> list[dict[str, Any]]:
+    """One row for each seed, learning rate, method and epoch."""
+    found = measured(study, dict.fromkeys(METHODS, measure), LOOKS)
+    return [{**columns, "cosine": float(values["cosine"])} for columns, values in found]
+
+
+def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The cosine over the epochs, a panel for each learning rate."""
+    panels = common.grouped(rows, "learning_rate")
+    figure, axes = common.panels(1, len(panels))
+    for ax, (rate, chosen) in zip(axes[0], panels.items(), strict=True):
+        plot_estimates(
+            common.curves(chosen, "method", "epoch", "cosine"),
+            xlabel="epoch",
+            ylabel="cos(momentum, gradient)",
+            ax=ax,
+        )
+        ax.axhline(0, color="0.6", lw=0.8, zorder=0)
+        ax.set_title(f"learning rate {rate:g}")
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, draws and saves; returns the exit code."""
+    study = common.open_study(__file__, __doc__, argv, quick={"epochs": 10})
+    rows = compute(study)
+    common.save(study, rows, draw(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
