@@ -64,9 +64,10 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
             ax=ax,
         )
         ax.set_title(method)
-    bottoms, tops = zip(*(ax.get_ylim() for ax in axes.flat), strict=True)
-    for ax in axes.flat:
-        ax.set_ylim(min(bottoms), max(tops))
+    if all(ax.get_yscale() == "log" for ax in axes.flat):  # no curvature below 0
+        bottoms, tops = zip(*(ax.get_ylim() for ax in axes.flat), strict=True)
+        for ax in axes.flat:
+            ax.set_ylim(min(bottoms), max(tops))
     return figure
 
 

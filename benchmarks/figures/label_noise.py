@@ -7,7 +7,7 @@ After the label noise experiments of arXiv 2010.01412 (SAM) and arXiv 2304.14647
 
 As in the papers the learning rate is the usual one, at which SGD fits wrong labels; rho
 is each method's default at it. A tuned learning rate may be so small that no method
-fits them before the training ends. The best accuracy shows what stopping early is worth.
+fits them before the end; the best accuracy shows what stopping early is worth.
 """
 
 import sys
