@@ -79,7 +79,7 @@ class Observer:
         return Moment(
             weights=msam_optax.eval_params(state.opt_state, state.params),
             params=state.params,
-            momentum=optax.tree.get(state.opt_state, "trace"),
+            momentum=common.momentum_of(state.opt_state),
             loss=partial(self._loss, **of_step),
             gradient=partial(self._gradient, **of_step),
         )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `benchmarks/*.py`
 
 import arguments
+import jax
 import numpy as np
 import optax
 import optimizers
@@ -241,6 +242,17 @@ def panels(
     return figure, figure.subplots(
         rows, columns, squeeze=False, sharey="row" if alike else "none"
     )
+
+
+def momentum_of(opt_state: optax.OptState) -> Any:
+    """The momentum of the SGD inside an optimizer's state."""
+
+    def is_trace(node):
+        return isinstance(node, optax.TraceState)
+
+    leaves = jax.tree.leaves(opt_state, is_leaf=is_trace)
+    (momentum,) = [leaf.trace for leaf in leaves if is_trace(leaf)]
+    return momentum
 
 
 def save(study: Study, rows: Sequence[Mapping[str, Any]], figure: Figure) -> None:

@@ -66,17 +66,6 @@ def unit(direction: Any) -> Any:
     return optax.tree.scale(1 / optax.tree.norm(direction), direction)
 
 
-def momentum_of(opt_state: optax.OptState) -> Any:
-    """The momentum of the SGD inside an optimizer's state."""
-
-    def is_trace(node):
-        return isinstance(node, optax.TraceState)
-
-    leaves = jax.tree.leaves(opt_state, is_leaf=is_trace)
-    (momentum,) = [leaf.trace for leaf in leaves if is_trace(leaf)]
-    return momentum
-
-
 def networks(
     study: common.Study,
     methods: Sequence[str],
@@ -117,7 +106,7 @@ def networks(
                     yield Network(
                         columns={**columns, "epoch": number},
                         weights=weights.params,
-                        momentum=momentum_of(epoch.state.opt_state),
+                        momentum=common.momentum_of(epoch.state.opt_state),
                         loss=loss,
                         batches=_batches(*data, study.settings["examples"]),
                         batch=_batches(*data, task.batch_size)[0],

@@ -1,0 +1,114 @@
+"""The notebooks run from start to end, and are committed with their outputs.
+
+About half a minute a notebook on a quiet core. Each runs in a kernel of this very
+interpreter, which is what jupyter_client makes of a kernel's command ``python``.
+"""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))
+EXPECTED = [
+    "01_quickstart.ipynb",
+    "02_why_momentum.ipynb",
+    "03_adaptive_policy.ipynb",
+    "04_loss_landscape.ipynb",
+]
+COLAB = "https://colab.research.google.com/github/"
+# What would tell of the machine that a notebook was run on.
+PATHS = re.compile(r"/(tmp|root|home|work|usr|Users)/|site-packages|ipykernel_")
+
+
+def read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(FOLDER / name, as_version=4)
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [output for cell in code_cells(notebook) for output in cell.outputs]
+
+
+def is_image(output: nbformat.NotebookNode) -> bool:
+    return "image/png" in output.get("data", {})
+
+
+def is_trouble(output: nbformat.NotebookNode) -> bool:
+    """An exception, or what a warning writes."""
+    return output.output_type == "error" or output.get("name") == "stderr"
+
+
+def test_all_are_there():
+    assert NOTEBOOKS == EXPECTED
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_runs(name, tmp_path, monkeypatch):
+    # Nothing of the user's: profiles, history, and kernels of other interpreters.
+    for folder in ("IPYTHONDIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(folder, str(tmp_path))
+    notebook = read(name)
+    for cell in code_cells(notebook):
+        cell.outputs, cell.execution_count = [], None
+    client = NotebookClient(
+        notebook,
+        kernel_name="python3",
+        timeout=600,
+        resources={"metadata": {"path": str(tmp_path)}},
+    )
+    client.execute()
+    assert not [output for output in outputs(notebook) if is_trouble(output)]
+    committed = outputs(read(name))
+    kinds = [output.output_type for output in committed]
+    assert [output.output_type for output in outputs(notebook)] == kinds
+    assert sum(map(is_image, outputs(notebook))) == sum(map(is_image, committed))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_with_its_outputs(name):
+    notebook = read(name)
+    nbformat.validate(notebook)
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+    assert any(map(is_image, outputs(notebook)))
+    assert not [output for output in outputs(notebook) if is_trouble(output)]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_outputs_name_no_machine_and_are_small(name):
+    texts = []
+    for output in outputs(read(name)):
+        texts.append(output.get("text", ""))
+        data = output.get("data", {})
+        texts += [text for kind, text in data.items() if kind.startswith("text/")]
+    assert not PATHS.search("\n".join(texts))
+    assert (FOLDER / name).stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_badge_opens_this_notebook(name):
+    first = read(name).cells[0]
+    assert first.cell_type == "markdown"
+    links = re.findall(rf"\]\({COLAB}([^)]*)\)", first.source)
+    assert len(links) == 1
+    owner, repository, *rest = links[0].split("/")
+    assert (repository, rest) == ("msam_optax", ["blob", "main", "notebooks", name])
+    # The first code cell installs from the repository that the badge opens.
+    install = code_cells(read(name))[0].source
+    assert f"git+https://github.com/{owner}/{repository}" in install
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_first_code_cell_installs_where_the_package_is_missing(name):
+    install = code_cells(read(name))[0].source
+    lines = [line for line in install.splitlines() if line.strip()]
+    condition, command = lines[-2:]
+    assert condition == 'if importlib.util.find_spec("msam_optax") is None:'
+    assert command.startswith('    %pip install -q "msam_optax[bench] @ git+https://')
