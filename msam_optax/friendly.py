@@ -90,13 +90,18 @@ def friendly_ascent(
         # The mean is zero before the first step, so d is the gradient then.
         friendly = add_scaled(direction, -sigma, state.average)
         weight = jnp.where(state.started, 1 - decay, 1)
+        norm = global_norm(friendly)
+        finite = jnp.isfinite(norm)  # else the mean would never be a number again
         average = jax.tree.map(
-            lambda m, g: ((1 - weight) * m + weight * g).astype(m.dtype),
+            lambda m, g: jnp.where(finite, (1 - weight) * m + weight * g, m).astype(
+                m.dtype
+            ),
             state.average,
             direction,
         )
-        epsilon = scale(safe_divide(radius, global_norm(friendly)), friendly)
-        return epsilon, FriendlyAscentState(average, jnp.ones([], bool), rho_state)
+        epsilon = scale(safe_divide(radius, norm), friendly)
+        started = state.started | finite
+        return epsilon, FriendlyAscentState(average, started, rho_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
