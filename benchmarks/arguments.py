@@ -14,7 +14,8 @@ class Parser(argparse.ArgumentParser):
     """Answers a bad argument with one sentence and exit code 2."""
 
     def __init__(self, description: str) -> None:
-        super().__init__(description=description)
+        # A typo must not start an hour of training.
+        super().__init__(description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")

@@ -185,7 +185,8 @@ def print_report(
         "over the seeds.",
         f"Sharpness: L(w + r g/|g|) - L(w), r = {settings['sharpness_radius']:g}, over "
         "the training part with the given labels.",
-        f"Learning rates and rhos: {settings['hyperparameters']}.",
+        f"Learning rates and rhos: {settings['hyperparameters']}. With other noise or "
+        "epochs than those of the tuning they may mislead.",
     ):
         console.print(line, highlight=False)
     for row in rows:

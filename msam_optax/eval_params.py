@@ -86,7 +86,8 @@ def _holds_optax_state(params: Any) -> bool:
 
 _FOREIGN_STATE = (
     "The optimizer state does not belong to these parameters: the perturbation inside "
-    "it has another structure or other shapes."
+    "it has another structure or other shapes. (With Flax NNX use "
+    "msam_optax.flax_nnx.eval_model.)"
 )
 
 

@@ -13,7 +13,7 @@ import optax
 from flax.training import train_state
 
 from msam_optax.eval_params import eval_params
-from msam_optax.train import LossFn
+from msam_optax.train import LossFn, loss_and_aux
 from msam_optax.train_state import TrainState
 
 
@@ -69,7 +69,7 @@ def linen_loss(
         )
         if model_state:
             outputs, model_state = outputs
-        value, aux = loss(outputs, batch)
+        value, aux = loss_and_aux(loss(outputs, batch))
         return value, (model_state, aux)
 
     return loss_fn

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from msam_optax.eval_params import eval_params
-from msam_optax.train import LossFn
+from msam_optax.train import LossFn, loss_and_aux
 from msam_optax.train_state import TrainState
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -52,7 +52,7 @@ def nnx_loss(model: nnx.Module, loss: NNXLoss) -> LossFn:
     def loss_fn(params, model_state, batch, key):
         del key
         inside = nnx.merge(graphdef, params, model_state, copy=True)
-        value, aux = loss(inside, batch)
+        value, aux = loss_and_aux(loss(inside, batch))
         _, _, model_state = _split(inside, nnx.Param)
         return value, (nnx.as_pure(model_state), aux)
 
@@ -113,7 +113,7 @@ def nnx_update(
         # A copy: what a pass changes in it, statistics and random streams, is not seen
         # by the other pass.
         inside = nnx.merge(graphdef, params, others, copy=True)
-        value, aux = loss(inside, batch)
+        value, aux = loss_and_aux(loss(inside, batch))
         _, _, changed = _split(inside, optimizer.wrt)
         return value, (aux, changed)
 

@@ -71,6 +71,7 @@ def msam(
       Computational Overhead <https://arxiv.org/abs/2401.12033>`_, 2024. See
       :func:`msam_optax.momentum_perturbation` for how it differs from their code.
     """
+    _check_learning_rate(learning_rate)
     check_real("momentum", momentum)
     inner = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
     return scaled_momentum_perturbation(inner, rho, _previous(momentum, gain=1.0))
@@ -137,6 +138,7 @@ def adamw_msam(
       Becker, Altrock and Risse, `Momentum-SAM: Sharpness Aware Minimization without
       Computational Overhead <https://arxiv.org/abs/2401.12033>`_, 2024.
     """
+    _check_learning_rate(learning_rate)
     check_real("b1", b1)
     inner = optax.adamw(
         learning_rate,
@@ -169,3 +171,11 @@ def _previous(decay: Any, gain: Any):
         return ((new_momentum - gain * update) / decay).astype(momentum.dtype)
 
     return previous
+
+
+def _check_learning_rate(value: Any) -> None:
+    if isinstance(value, optax.GradientTransformation):
+        raise ValueError(
+            "msam and adamw_msam take a learning rate, but an optimizer was given: to "
+            "wrap one use momentum_perturbation(optimizer, rho)."
+        )

@@ -210,11 +210,22 @@ def _check_loss_scale(loss_scaling: LossScaling | None, state: TrainState) -> No
         )
 
 
-def _check_result(result: Any) -> Any:
-    def is_pair(x):
-        return isinstance(x, tuple) and len(x) == 2
+def loss_and_aux(result: Any) -> Any:
+    """What a loss of a framework's glue returned; ValueError if it is no pair."""
+    if not _is_pair(result):
+        raise ValueError(
+            "The loss must return (loss, aux), without auxiliary outputs (loss, {}), "
+            f"but it returned {jax.tree.map(jnp.shape, result)!r} (in shapes)."
+        )
+    return result
 
-    if not (is_pair(result) and is_pair(result[1])):
+
+def _is_pair(x: Any) -> bool:
+    return isinstance(x, tuple) and len(x) == 2
+
+
+def _check_result(result: Any) -> Any:
+    if not (_is_pair(result) and _is_pair(result[1])):
         raise ValueError(
             "loss_fn(params, model_state, batch, key) must return (loss, (model_state, "
             f"aux)), but it returned {jax.tree.map(jnp.shape, result)!r} (in shapes). "

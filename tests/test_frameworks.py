@@ -375,3 +375,21 @@ def test_equinox_equals_plain_jax(x64):
         msam_optax.eval_params(trained.opt_state, trained.params), static
     )
     assert model(jnp.ones(3)).shape == (1,)
+
+
+def test_a_loss_without_aux_is_told_what_is_needed():
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    batch: Any = (jnp.ones((2, 3)), jnp.zeros((2, 1)))
+
+    def bare(model, batch):
+        return jnp.mean(model(batch[0]))
+
+    loss: Any = bare
+    with pytest.raises(ValueError, match=r"must return \(loss, aux\)"):
+        nnx_update(model, optimizer, loss, batch)
+    net = nn.Dense(1)
+    loss_fn = linen_loss(net, lambda outputs, batch: outputs.mean())
+    params = net.init(jax.random.key(0), batch[0])["params"]
+    with pytest.raises(ValueError, match=r"must return \(loss, aux\)"):
+        loss_fn(params, {}, batch, None)

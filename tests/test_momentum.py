@@ -820,3 +820,9 @@ def test_eval_params_does_not_return_perturbed_parameters_in_silence(call, messa
     tx = optax.chain(mo.msam(0.1))
     with pytest.raises(ValueError, match=message):
         call(tx, tx.init(params), params)
+
+
+@pytest.mark.parametrize("make", [mo.msam, mo.adamw_msam])
+def test_an_optimizer_in_the_place_of_a_learning_rate_is_named(make):
+    with pytest.raises(ValueError, match="use momentum_perturbation"):
+        make(optax.sgd(0.1), rho=0.1)
