@@ -228,8 +228,8 @@ def clip_by_weight_norm(max_ratio: float) -> optax.GradientTransformationExtraAr
     >>> tx = msam_optax.momentum_perturbation(optax.sgd(0.1, 0.9), ascent=ascent)
     >>> params = jnp.array([3.0, 4.0])
     >>> epsilon, _ = ascent.update(jnp.array([0.0, 1.0]), ascent.init(params), params)
-    >>> print(epsilon)
-    [0.  0.2]
+    >>> print(f"{epsilon[1]:.4f}")
+    0.2000
 
     References:
       Becker, Altrock and Risse, `Momentum-SAM: Sharpness Aware Minimization without

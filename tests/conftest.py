@@ -1,9 +1,16 @@
 """Fixtures of the whole suite."""
 
+import os
 from collections.abc import Iterator
 
 import jax
 import pytest
+
+# The suite's time is that of compiling, and arrays as small as its own gain nothing
+# from LLVM's optimizations. What XLA fuses, and in how much memory, is the same.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+)
 
 
 @pytest.fixture
