@@ -118,21 +118,9 @@ def measured(
         method: Observer(study.adjustable_trainer(method), measure, steps)
         for method, measure in measures.items()
     }
-    runs = list(itertools.product(study.seeds, study.learning_rates, measures))
-    with common.progress(len(runs) * study.task.epochs) as bar:
-        for seed, rate, method in runs:
-            bar.describe(f"{method}, seed {seed + 1} of {len(study.seeds)}")
-            columns = {
-                "learning_rate": rate,
-                "method": method,
-                "rho": study.setting(method).rho,
-                "seed": seed,
-            }
-            run = observers[method].epochs(seed, learning_rate=rate)
-            for epoch, values in enumerate(run, start=1):
-                if epoch in chosen:
-                    yield {**columns, "epoch": epoch}, values
-                bar.advance()
+    for columns, values in common.trained(study, observers, study.learning_rates):
+        if columns["epoch"] in chosen:
+            yield columns, values
 
 
 def _epochs(total: int, count: int | None) -> set[int]:

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import csv
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -242,6 +243,35 @@ def panels(
     return figure, figure.subplots(
         rows, columns, squeeze=False, sharey="row" if alike else "none"
     )
+
+
+def trained(
+    study: Study, trainers: Mapping[str, Any], learning_rates: Iterable[float]
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Trains by each method at each learning rate with each seed, with a progress bar.
+
+    Args:
+      study: what is trained.
+      trainers: by method, with `epochs` as `Study.adjustable_trainer`'s have it.
+      learning_rates: of all methods.
+
+    Yields:
+      For each epoch the columns that say which it is, and what its trainer yielded.
+    """
+    runs = list(itertools.product(study.seeds, learning_rates, trainers))
+    with progress(len(runs) * study.task.epochs) as bar:
+        for seed, rate, method in runs:
+            bar.describe(f"{method}, seed {seed + 1} of {len(study.seeds)}")
+            columns = {
+                "learning_rate": rate,
+                "method": method,
+                "rho": study.setting(method).rho,
+                "seed": seed,
+            }
+            epochs = trainers[method].epochs(seed, learning_rate=rate)
+            for number, epoch in enumerate(epochs, start=1):
+                yield {**columns, "epoch": number}, epoch
+                bar.advance()
 
 
 def momentum_of(opt_state: optax.OptState) -> Any:

@@ -1,6 +1,5 @@
 """Networks that a figure's methods train, and the loss that is measured at them."""
 
-import itertools
 from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -88,30 +87,18 @@ def networks(
     stops = (task.epochs,) if epochs is None else epochs
     trainers = {method: study.adjustable_trainer(method) for method in methods}
     loss = partial(_loss, task.model)
-    runs = list(itertools.product(study.seeds, rates, methods))
-    with common.progress(len(runs) * task.epochs) as bar:
-        for seed, rate, method in runs:
-            bar.describe(f"{method}, seed {seed + 1} of {len(study.seeds)}")
-            columns = {
-                "learning_rate": rate,
-                "method": method,
-                "rho": study.setting(method).rho,
-                "seed": seed,
-            }
-            trained = trainers[method].epochs(seed, learning_rate=rate)
-            for number, epoch in enumerate(trained, start=1):
-                if number in stops:
-                    weights = task.weights(epoch.state)
-                    data = task.train_images, epoch.labels, weights.model_state
-                    yield Network(
-                        columns={**columns, "epoch": number},
-                        weights=weights.params,
-                        momentum=common.momentum_of(epoch.state.opt_state),
-                        loss=loss,
-                        batches=_batches(*data, study.settings["examples"]),
-                        batch=_batches(*data, task.batch_size)[0],
-                    )
-                bar.advance()
+    for columns, epoch in common.trained(study, trainers, rates):
+        if columns["epoch"] in stops:
+            weights = task.weights(epoch.state)
+            data = task.train_images, epoch.labels, weights.model_state
+            yield Network(
+                columns=columns,
+                weights=weights.params,
+                momentum=common.momentum_of(epoch.state.opt_state),
+                loss=loss,
+                batches=_batches(*data, study.settings["examples"]),
+                batch=_batches(*data, task.batch_size)[0],
+            )
 
 
 def _batches(
