@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import shlex
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -59,7 +60,7 @@ def provenance(script: str, argv: Sequence[str]) -> dict[str, Any]:
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "cpu": _cpu_model(),
-            "cores": os.cpu_count(),
+            "cores": _usable_cores(),
             "device": device.device_kind,
             "platform": device.platform,
         },
@@ -70,6 +71,12 @@ def write_json(path: Path, content: Any) -> None:
     """Writes JSON, in which a number that is not finite becomes null."""
     text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def _usable_cores() -> int | None:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def _cpu_model() -> str:

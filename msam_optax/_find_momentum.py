@@ -23,7 +23,7 @@ def find_momentum(inner_state: optax.OptState, params: optax.Params) -> optax.Up
     Raises:
       ValueError: if there is no momentum, or two for the same parameter.
     """
-    found = list(_candidates(inner_state, params))
+    found = list(_candidates(inner_state, _shapes(params)))
     names = ", ".join(name for name, _ in found)
     if not found:
         raise ValueError(
@@ -55,25 +55,37 @@ def find_momentum(inner_state: optax.OptState, params: optax.Params) -> optax.Up
 
 def is_like(tree: Any, params: optax.Params) -> bool:
     """Whether `tree` is `params` in structure and shapes, but for what it masks out."""
+    return _has_shapes(tree, _shapes(params))
 
+
+def _shapes(params: optax.Params) -> Any:
+    """Stands for the parameters where trees are compared.
+
+    JAX's error on trees of different structure prints their arrays, and to print them
+    copies them from the device.
+    """
+    return jax.tree.map(
+        lambda param: jax.ShapeDtypeStruct(jnp.shape(param), jnp.float32), params
+    )
+
+
+def _has_shapes(tree: Any, shapes: Any) -> bool:
     def matches(leaf, param):
         return _is_masked(leaf) or (
-            jax.tree_util.all_leaves([param]) and jnp.shape(leaf) == jnp.shape(param)
+            jax.tree_util.all_leaves([param]) and jnp.shape(leaf) == param.shape
         )
 
     try:
-        same = jax.tree.map(matches, tree, params, is_leaf=_is_masked)
+        same = jax.tree.map(matches, tree, shapes, is_leaf=_is_masked)
     except (TypeError, ValueError):  # the trees' structures differ
         return False
     return jax.tree.all(same)
 
 
-def _candidates(
-    node: Any, params: optax.Params, path: str = ""
-) -> Iterator[tuple[str, Any]]:
+def _candidates(node: Any, shapes: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     # A tree like the parameters (a second moment, say) is never searched: what it calls
     # "mu" is a parameter.
-    if is_like(node, params):
+    if _has_shapes(node, shapes):
         return
     children, _ = jax.tree_util.tree_flatten_with_path(
         node, is_leaf=lambda x: x is not node
@@ -83,10 +95,10 @@ def _candidates(
             return
         field = getattr(key_path[0], "name", None)
         name = f"{path or type(node).__name__}{jax.tree_util.keystr(key_path)}"
-        if field in MOMENTUM_FIELDS and is_like(child, params):
+        if field in MOMENTUM_FIELDS and _has_shapes(child, shapes):
             yield name, child
         else:
-            yield from _candidates(child, params, name)
+            yield from _candidates(child, shapes, name)
 
 
 def _leaf_by_leaf(momentum: Any, params: optax.Params) -> list[Any]:

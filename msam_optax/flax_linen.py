@@ -17,11 +17,21 @@ from msam_optax.train import LossFn, loss_and_aux
 from msam_optax.train_state import TrainState
 
 
+def _first(batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        raise ValueError(
+            f"the batch is a dict of {', '.join(map(repr, batch))}; linen_loss needs "
+            "to know what the module is called with, for instance inputs=lambda batch: "
+            f"batch[{next(iter(batch), None)!r}]"
+        )
+    return batch[0]
+
+
 def linen_loss(
     model: nn.Module,
     loss: Callable[[Any, Any], tuple[jax.Array, Any]],
     *,
-    inputs: Callable[[Any], Any] = lambda batch: batch[0],
+    inputs: Callable[[Any], Any] = _first,
     rngs: Sequence[str] = ("dropout",),
     **apply_kwargs: Any,
 ) -> LossFn:
@@ -35,12 +45,14 @@ def linen_loss(
       model: a Linen module.
       loss: ``loss(outputs, batch) -> (loss, aux)``; the loss is a scalar, or one loss
         for each example.
-      inputs: what of the batch the module is called with.
+      inputs: what of the batch the module is called with; its first element by
+        default. A batch that is a dict needs it.
       rngs: names of the module's random streams.
       **apply_kwargs: passed to the module, for instance ``train=True``.
 
     Returns:
-      ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux))``.
+      ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux))``; it
+      raises ValueError for a batch that is a dict where ``inputs`` is not given.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, msam_optax, optax
     >>> from msam_optax.flax_linen import init_linen, linen_loss

@@ -94,6 +94,9 @@ def nnx_update(
     Returns:
       The clean loss, and aux.
 
+    Raises:
+      TypeError: if ``optimizer`` is not an ``nnx.Optimizer``.
+
     >>> import jax.numpy as jnp, msam_optax, optax
     >>> from flax import nnx
     >>> from msam_optax.flax_nnx import eval_model, nnx_update
@@ -107,6 +110,7 @@ def nnx_update(
     >>> value, aux = step(model, optimizer, (jnp.ones((8, 3)), jnp.zeros((8, 1))))
     >>> outputs = eval_model(model, optimizer)(jnp.ones((8, 3)))
     """
+    _check_optimizer(optimizer)
     graphdef, params, others = _split(model, optimizer.wrt)
 
     def loss_at(params):
@@ -138,11 +142,23 @@ def eval_model(model: Module, optimizer: nnx.Optimizer) -> Module:
 
     Returns:
       A copy that shares no arrays with the module.
+
+    Raises:
+      TypeError: if ``optimizer`` is not an ``nnx.Optimizer``.
     """
+    _check_optimizer(optimizer)
     copy = nnx.clone(model)
     params = nnx.as_pure(nnx.state(copy, optimizer.wrt))
     nnx.update(copy, eval_params(nnx.as_pure(optimizer.opt_state), params))
     return copy
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, nnx.Optimizer):
+        raise TypeError(
+            f"the second argument is a {type(optimizer).__name__}; it must be the "
+            "module's nnx.Optimizer(model, tx, wrt=nnx.Param), after the module itself"
+        )
 
 
 def _split(model: nnx.Module, wrt: Any) -> Any:

@@ -393,3 +393,27 @@ def test_a_loss_without_aux_is_told_what_is_needed():
     params = net.init(jax.random.key(0), batch[0])["params"]
     with pytest.raises(ValueError, match=r"must return \(loss, aux\)"):
         loss_fn(params, {}, batch, None)
+
+
+def test_linen_loss_asks_which_part_of_a_dict_is_the_input():
+    model, tx = nn.Dense(1), optax.sgd(0.1)
+    batch = {"image": jnp.ones((4, 3)), "label": jnp.ones((4, 1))}
+    state = init_linen(model, tx, jax.random.key(0), batch["image"])
+
+    def loss(outputs, batch):
+        return jnp.mean((outputs - batch["label"]) ** 2), {}
+
+    step = msam_optax.make_train_step(linen_loss(model, loss), tx, donate=False)
+    with pytest.raises(ValueError, match=r"'image', 'label'; .*inputs="):
+        step(state, batch, None)
+    given = linen_loss(model, loss, inputs=lambda batch: batch["image"])
+    msam_optax.make_train_step(given, tx)(state, batch, None)
+
+
+def test_nnx_functions_name_what_is_not_an_optimizer():
+    model, batch = nnx.Linear(3, 1, rngs=nnx.Rngs(0)), (jnp.ones((4, 3)), jnp.ones(4))
+    wrong: Any = model
+    with pytest.raises(TypeError, match=r"is a Linear; it must be .*nnx\.Optimizer"):
+        eval_model(model, wrong)
+    with pytest.raises(TypeError, match=r"is a Linear; it must be .*nnx\.Optimizer"):
+        nnx_update(model, wrong, nnx_squared_error, batch)

@@ -302,3 +302,27 @@ def save(study: Study, rows: Sequence[Mapping[str, Any]], figure: Figure) -> Non
         },
     )
     Console().print(f"Figure: {out / study.name}.png", soft_wrap=True)
+
+
+def run(
+    script: str,
+    doc: str | None,
+    argv: Sequence[str] | None,
+    compute: Callable[[Study], list[dict[str, Any]]],
+    draw: Callable[[list[dict[str, Any]]], Figure],
+    **settings: Mapping[str, Any],
+) -> int:
+    """A script from its command line to its files; returns its exit code.
+
+    Args:
+      script: the script's `__file__`.
+      doc: the script's `__doc__`.
+      argv: the command line's arguments; those of the process if None.
+      compute: makes the rows of the CSV.
+      draw: makes the figure from them.
+      **settings: `quick` and `full`, see `open_study`.
+    """
+    study = open_study(script, doc, argv, **settings)
+    rows = compute(study)
+    save(study, rows, draw(rows))
+    return 0

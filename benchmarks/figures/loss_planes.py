@@ -86,17 +86,16 @@ def _plane(rows: Sequence[Any]) -> tuple[list[float], np.ndarray]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains, measures, draws and saves; returns the exit code."""
-    study = common.open_study(
+    """Computes, draws and saves; returns the exit code."""
+    return common.run(
         __file__,
         __doc__,
         argv,
+        compute,
+        draw,
         quick={"examples": 1000, "points": 15},
         full={"examples": 10_000, "points": 31},
     )
-    rows = compute(study)
-    common.save(study, rows, draw(rows))
-    return 0
 
 
 if __name__ == "__main__":

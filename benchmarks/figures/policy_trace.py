@@ -140,11 +140,8 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains, draws and saves; returns the exit code."""
-    study = common.open_study(__file__, __doc__, argv)
-    rows = compute(study)
-    common.save(study, rows, draw(rows))
-    return 0
+    """Computes, draws and saves; returns the exit code."""
+    return common.run(__file__, __doc__, argv, compute, draw)
 
 
 if __name__ == "__main__":

@@ -134,17 +134,16 @@ def _rises(network: Network, samples: int) -> np.ndarray:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains, measures, draws and saves; returns the exit code."""
-    study = common.open_study(
+    """Computes, draws and saves; returns the exit code."""
+    return common.run(
         __file__,
         __doc__,
         argv,
+        compute,
+        draw,
         quick={"examples": 1000, "samples": 8, "trace_samples": 20},
         full={"examples": 10_000, "samples": 50, "trace_samples": 100},
     )
-    rows = compute(study)
-    common.save(study, rows, draw(rows))
-    return 0
 
 
 if __name__ == "__main__":

@@ -71,17 +71,16 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains, measures, draws and saves; returns the exit code."""
-    study = common.open_study(
+    """Computes, draws and saves; returns the exit code."""
+    return common.run(
         __file__,
         __doc__,
         argv,
+        compute,
+        draw,
         quick={"examples": 1000, "points": 11},
         full={"examples": 10_000, "points": 41},
     )
-    rows = compute(study)
-    common.save(study, rows, draw(rows))
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,15 +1,9 @@
 """Tests of the figures on MSAM itself: about a minute."""
 
-import csv
-import json
 import math
-import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "figures"))
 
 import accuracy_against_rho
 import common
@@ -28,15 +22,12 @@ import pytest
 import similarity
 import training
 from along_training import Moment, measured
+from figure_scripts import FAST, run
 
 import msam_optax
 
-# Five steps an epoch.
-FAST = ["--quick", "--dataset", "digits", "--batch-size", "256"]
 STEPS = 5
 RATES = {0.02, 0.1}
-
-Row = dict[str, Any]
 
 
 @pytest.fixture(autouse=True)
@@ -49,26 +40,6 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> None:
 def study(epochs: int, seeds: int = 1) -> common.Study:
     flags = ["--epochs", str(epochs), "--seeds", str(seeds)]
     return common.open_study("test.py", "A test.", [*FAST, *flags])
-
-
-def run(script: ModuleType, out: Path) -> list[Row]:
-    """Runs a script of figures; returns its CSV after checks that hold for all."""
-    argv = [*FAST, "--epochs", "1", "--seeds", "2", "--out", str(out)]
-    assert script.main(argv) == 0
-    name = script.__name__
-    assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    command = json.loads((out / f"{name}.json").read_text("utf-8"))["command"]
-    assert command.startswith(f"python benchmarks/figures/{name}.py --quick")
-    with (out / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-        read = list(csv.DictReader(file))
-    numbers = [{k: float(v) for k, v in r.items() if k != "method"} for r in read]
-    assert all(math.isfinite(value) for row in numbers for value in row.values())
-    assert {row["seed"] for row in numbers} == {0, 1}
-    assert {row["learning_rate"] for row in numbers} == RATES
-    return [
-        {**row, "method": text["method"]}
-        for row, text in zip(numbers, read, strict=True)
-    ]
 
 
 # The scripts, end to end.

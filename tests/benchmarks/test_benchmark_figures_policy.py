@@ -1,14 +1,10 @@
 """Tests of the figures on policies, cost, label noise and MSAM's stability."""
 
-import csv
-import json
 import math
+import os
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "figures"))
 
 import accuracy_against_cost
 import common
@@ -24,41 +20,12 @@ import run_all
 import stability
 import stability_ranges
 import stability_variants
+from figure_scripts import FAST, run
 from stability_variants import Base, Point
 
 import msam_optax
 
-# Five steps a run.
-FAST = ["--quick", "--dataset", "digits", "--batch-size", "256"]
 STEPS = 5
-
-Row = dict[str, Any]
-
-
-def run(script: ModuleType, out: Path, *flags: str) -> list[Row]:
-    """Runs a script of figures; returns its CSV after checks that hold for all."""
-    argv = [*FAST, "--epochs", "1", "--seeds", "2", *flags, "--out", str(out)]
-    assert script.main(argv) == 0
-    name = script.__name__
-    assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    written = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
-    assert written["command"].startswith(f"python benchmarks/figures/{name}.py --quick")
-    with (out / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-        rows = [
-            {key: _number(text) for key, text in row.items()}
-            for row in csv.DictReader(file)
-        ]
-    assert {row["seed"] for row in rows} == {0, 1}
-    numbers = [x for row in rows for x in row.values() if isinstance(x, float)]
-    assert all(map(math.isfinite, numbers))
-    return rows
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 # AE-SAM's policy.
@@ -299,8 +266,24 @@ def test_run_all_finds_scripts_and_reports_failures(
     assert "no [such] data" in printed
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell the cores")
+def test_run_all_shares_out_the_cores(tmp_path: Path) -> None:
+    cores = os.sched_getaffinity(0)
+    jobs = len(cores)
+    shares = run_all.shares(jobs)
+    assert set.union(*shares) == cores and all(len(share) == 1 for share in shares)
+    assert run_all.shares(1) == [cores]
+    assert run_all.shares(jobs + 1) == [cores] * (jobs + 1)
+    main = 'if __name__ == "__main__":\n    '
+    (tmp_path / "script.py").write_text(
+        f"import os, sys\n{main}sys.exit(str(os.sched_getaffinity(0)))"
+    )
+    outcome = run_all.run(tmp_path / "script.py", [], {min(cores)}, str(tmp_path))
+    assert outcome.errors.strip() == f"{{{min(cores)}}}"
+
+
 def test_run_all_lists_this_folder() -> None:
-    names = {path.stem for path in run_all.scripts(run_all.FOLDER)}
-    assert names >= {"policy_trace", "accuracy_against_cost", "label_noise"}
-    assert "stability" in names and names.isdisjoint({"common", "run_all"})
+    names = [path.stem for path in run_all.scripts(run_all.FOLDER)]
+    assert {*names[:3]} == {*run_all.LONGEST}
+    assert "policy_trace" in names and {"common", "run_all"}.isdisjoint(names)
     assert not any(name.startswith("stability_") for name in names)

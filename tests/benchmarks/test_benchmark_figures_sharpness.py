@@ -1,14 +1,7 @@
 """Tests of the figures on sharpness and curvature: about 50 seconds."""
 
-import csv
-import json
-import math
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "figures"))
 
 import common
 import curvature
@@ -23,16 +16,13 @@ import optimizers
 import proposition_1
 import pytest
 import sharpness_directions
+from figure_scripts import FAST, Row, run
 
 import msam_optax
 from msam_optax.sharpness import mean_gradient, mean_loss, sharpness_along
 
-# Five steps an epoch.
-FAST = ["--quick", "--dataset", "digits", "--model", "mlp", "--batch-size", "256"]
 RATES = (0.02, 0.1)
 COLUMNS = ["learning_rate", "method", "rho", "seed", "epoch"]
-
-Row = dict[str, Any]
 
 
 @pytest.fixture
@@ -59,33 +49,6 @@ def fewer_methods(monkeypatch: pytest.MonkeyPatch) -> None:
 def study(*flags: str, **quick: Any) -> common.Study:
     argv = [*FAST, "--seeds", "1", *flags]
     return common.open_study("test.py", "A test.", argv, quick=quick)
-
-
-def run(script: ModuleType, out: Path) -> list[Row]:
-    """Runs a script of figures; returns its CSV, with numbers where there are any."""
-    argv = [*FAST, "--epochs", "1", "--seeds", "2", "--out", str(out)]
-    assert script.main(argv) == 0
-    name = script.__name__
-    assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    written = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
-    assert written["command"].startswith(f"python benchmarks/figures/{name}.py --quick")
-    assert written["settings"].items() >= {"seeds": 2, "epochs": 1}.items()
-    with (out / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-        rows = [
-            {key: _number(text) for key, text in row.items()}
-            for row in csv.DictReader(file)
-        ]
-    for row in rows:
-        numbers = [value for value in row.values() if isinstance(value, float)]
-        assert all(map(math.isfinite, numbers)), row
-    return rows
-
-
-def _number(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def values(rows: list[Row], column: str, **chosen: Any) -> np.ndarray:
