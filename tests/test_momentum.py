@@ -828,13 +828,17 @@ def test_an_optimizer_in_the_place_of_a_learning_rate_is_named(make):
         make(optax.sgd(0.1), rho=0.1)
 
 
-def test_eval_params_reads_no_array_to_find_the_momentum(monkeypatch):
-    """Trees that differ in structure are compared without an error that prints them."""
+def test_eval_params_prints_no_array_to_find_the_momentum(monkeypatch):
+    """JAX's error on trees of different structure copies their arrays from the device.
 
-    def printed(array):
-        raise AssertionError("an array was copied from the device and printed")
-
+    It swallows what is raised meanwhile: the calls are counted.
+    """
+    printed = []
     params = {"layer": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}}
     state = optax.chain(optax.clip(1.0), mo.msam(0.1)).init(params)
-    monkeypatch.setattr(type(params["layer"]["bias"]), "__repr__", printed)
-    chex.assert_trees_all_equal(mo.eval_params(state, params), params)
+    array_type = type(params["layer"]["bias"])
+    monkeypatch.setattr(array_type, "__repr__", lambda array: str(printed.append(1)))
+    clean = mo.eval_params(state, params)
+    assert not printed
+    monkeypatch.undo()
+    chex.assert_trees_all_equal(clean, params)
