@@ -33,7 +33,7 @@ _QUICK = {
     "dataset": "mnist5k",
     "model": "mlp",
     "label_noise": 0.4,
-    "epochs": 15,
+    "epochs": 10,
     "seeds": 5,
     "batch_size": 128,
 }

@@ -104,7 +104,7 @@ def accuracy_tables(rows: Sequence[dict[str, Any]]) -> list[tables.Table]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, draws and saves; returns the exit code."""
-    study = common.open_study(__file__, __doc__, argv, quick={"epochs": 10})
+    study = common.open_study(__file__, __doc__, argv)
     study = study._replace(tuned={})
     study.settings["label_noise"] = NOISES
     rows = compute(study)

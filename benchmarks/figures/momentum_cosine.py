@@ -68,7 +68,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Computes, draws and saves; returns the exit code."""
-    return common.run(__file__, __doc__, argv, compute, draw, quick={"epochs": 10})
+    return common.run(__file__, __doc__, argv, compute, draw)
 
 
 if __name__ == "__main__":

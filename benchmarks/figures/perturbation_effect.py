@@ -80,7 +80,7 @@ def _losses(moment: Moment, after: Any) -> dict[str, jax.Array]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Computes, draws and saves; returns the exit code."""
-    return common.run(__file__, __doc__, argv, compute, draw, quick={"epochs": 10})
+    return common.run(__file__, __doc__, argv, compute, draw)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def _draw_crossings(found: Sequence[Mapping[str, Any]], seeds: int, ax: Axes) ->
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Computes, draws and saves; returns the exit code."""
-    return common.run(__file__, __doc__, argv, compute, draw, quick={"epochs": 10})
+    return common.run(__file__, __doc__, argv, compute, draw)
 
 
 def _normalized(tree: Any) -> Any:
