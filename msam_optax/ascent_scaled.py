@@ -206,7 +206,7 @@ def clip_by_weight_norm(max_ratio: float) -> optax.GradientTransformationExtraAr
 
     On MNIST-5k and Fashion-MNIST with 40% random labels (MLP, five seeds) MSAM with a
     limit of 0.04 diverged at no rho up to 5, and the rhos within a point of the best
-    spanned a factor of 5.8 and of 9.1, in the place of 1.5 and 2.3: see
+    spanned a factor of 5.8 and of 8.1, in the place of 1.5 and 2.3: see
     ``benchmarks/results/figures/stability.md``. The best accuracy was the same after 8
     epochs; after 20 the limit cost 8 points on the one data set and gained one on the
     other, so tune it.
