@@ -59,10 +59,10 @@ def is_like(tree: Any, params: optax.Params) -> bool:
 
 
 def _shapes(params: optax.Params) -> Any:
-    """Stands for the parameters where trees are compared.
+    """The parameters' shapes, in their structure; the dtype has no meaning.
 
-    JAX's error on trees of different structure prints their arrays, and to print them
-    copies them from the device.
+    They stand for the parameters where trees are compared: JAX's error on trees of
+    different structure prints their arrays, which copies them from the device.
     """
     return jax.tree.map(
         lambda param: jax.ShapeDtypeStruct(jnp.shape(param), jnp.float32), params

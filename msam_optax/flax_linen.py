@@ -22,7 +22,7 @@ def _first(batch: Any) -> Any:
         raise ValueError(
             f"the batch is a dict of {', '.join(map(repr, batch))}; linen_loss needs "
             "to know what the module is called with, for instance inputs=lambda batch: "
-            f"batch[{next(iter(batch), None)!r}]"
+            'batch["image"]'
         )
     return batch[0]
 
@@ -51,8 +51,10 @@ def linen_loss(
       **apply_kwargs: passed to the module, for instance ``train=True``.
 
     Returns:
-      ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux))``; it
-      raises ValueError for a batch that is a dict where ``inputs`` is not given.
+      ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux))``.
+
+    Raises:
+      ValueError: by ``loss_fn``, if the batch is a dict and ``inputs`` is not given.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, msam_optax, optax
     >>> from msam_optax.flax_linen import init_linen, linen_loss

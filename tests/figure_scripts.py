@@ -19,7 +19,7 @@ def run(script: ModuleType, out: Path, *flags: str) -> list[Row]:
     Args:
       script: the module.
       out: folder for its files.
-      *flags: instead of, or beside, one epoch and two seeds.
+      *flags: further ones; `--epochs` takes the place of one epoch.
     """
     argv = [*FAST, "--epochs", "1", "--seeds", "2", *flags, "--out", str(out)]
     assert script.main(argv) == 0

@@ -5,8 +5,9 @@ SAM steps, with MSAM of arXiv 2401.12033 beside:
 
     python benchmarks/figures/accuracy_against_cost.py --quick
 
-Once with what was tuned for this task, and once, in half the epochs, at the usual
-learning rate, at which SGD fits wrong labels, with each method's default rho.
+Once with what was tuned for this task (a method that was not takes SGD's learning rate
+and its default rho), and once, in half the epochs, at the usual learning rate, at which
+SGD fits wrong labels, with each method's default rho.
 """
 
 import sys

@@ -2,10 +2,9 @@
 
 python benchmarks/figures/run_all.py --quick --jobs 2
 
-Scripts that run at the same time share out the cores: steps as small as those of the
-quick setting lose a fifth of their speed where two processes compete for two cores.
-What is computed on another number of cores differs by rounding, and a training on that
-differs as two trainings with other seeds do. They share what they compile.
+Scripts that run at the same time share out the cores, and all share JAX's compilation
+cache. Results depend on the number of cores that a script has: sums are rounded
+differently, and training amplifies that to the size of the differences between seeds.
 """
 
 import argparse
@@ -59,25 +58,32 @@ def scripts(folder: Path) -> list[Path]:
 
 
 def shares(jobs: int) -> list[set[int]]:
-    """The cores of each of the jobs that run at a time; empty where none can be told.
+    """The cores of each of the jobs that run at a time, as many for each.
 
-    With more jobs than cores, each may use all of them.
+    With more jobs than cores each may use all of them, as it may where the system does
+    not tell which there are.
     """
     if sys.platform != "linux":
         return [set() for _ in range(jobs)]
     cores = sorted(os.sched_getaffinity(0))
-    return [
-        set(cores[job::jobs] if jobs <= len(cores) else cores) for job in range(jobs)
-    ]
+    size = len(cores) // jobs
+    if not size:
+        return [set(cores) for _ in range(jobs)]
+    return [set(cores[job * size : (job + 1) * size]) for job in range(jobs)]
 
 
-def run(script: Path, flags: Sequence[str], cores: set[int], compiled: str) -> Outcome:
+def take(cores: set[int]) -> None:
+    """Keeps this thread, and the processes that it starts, to these cores if any."""
+    if cores and sys.platform == "linux":
+        os.sched_setaffinity(0, cores)
+
+
+def run(script: Path, flags: Sequence[str], compiled: str) -> Outcome:
     """Runs a script to its end.
 
     Args:
       script: its path.
       flags: its command line.
-      cores: that it may use; any if empty.
       compiled: folder of JAX's compilation cache.
     """
     environment = {
@@ -86,20 +92,16 @@ def run(script: Path, flags: Sequence[str], cores: set[int], compiled: str) -> O
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     start = time.perf_counter()
-    with subprocess.Popen(
+    done = subprocess.run(
         [sys.executable, str(script), *flags],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env={**os.environ, **environment},
         encoding="utf-8",
         errors="replace",
-    ) as process:
-        if cores and sys.platform == "linux":
-            # Before Python has started: all threads of the script inherit it.
-            os.sched_setaffinity(process.pid, cores)
-        _, errors = process.communicate()
+    )
     seconds = time.perf_counter() - start
-    return Outcome(script.stem, seconds, process.returncode, errors)
+    return Outcome(script.stem, seconds, done.returncode, done.stderr)
 
 
 def main(argv: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
@@ -123,16 +125,14 @@ def main(argv: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
         free.put(cores)
 
     def run_and_tell(script: Path, compiled: str) -> Outcome:
-        cores = free.get()
-        outcome = run(script, flags, cores, compiled)
-        free.put(cores)
+        outcome = run(script, flags, compiled)
         state = "failed" if outcome.code else "done"
         console.print(f"{outcome.name}: {state}, {outcome.seconds:.0f} s")
         return outcome
 
     with (
         tempfile.TemporaryDirectory() as compiled,
-        ThreadPoolExecutor(args.jobs) as pool,
+        ThreadPoolExecutor(args.jobs, initializer=lambda: take(free.get())) as pool,
     ):
         outcomes = list(pool.map(run_and_tell, scripts(folder), repeat(compiled)))
     failed = [outcome for outcome in outcomes if outcome.code]

@@ -3,11 +3,13 @@
 import math
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import accuracy_against_rho
 import common
 import equal_budget
+import figure_scripts
 import jax
 import jax.numpy as jnp
 import momentum_cosine
@@ -22,7 +24,7 @@ import pytest
 import similarity
 import training
 from along_training import Moment, measured
-from figure_scripts import FAST, run
+from figure_scripts import FAST
 
 import msam_optax
 
@@ -40,6 +42,12 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> None:
 def study(epochs: int, seeds: int = 1) -> common.Study:
     flags = ["--epochs", str(epochs), "--seeds", str(seeds)]
     return common.open_study("test.py", "A test.", [*FAST, *flags])
+
+
+def run(script: ModuleType, out: Path) -> list[figure_scripts.Row]:
+    rows = figure_scripts.run(script, out)
+    assert {row["learning_rate"] for row in rows} == RATES
+    return rows
 
 
 # The scripts, end to end.
