@@ -83,6 +83,11 @@ def _sized(
             "is empty after the first pass: give a list, or an object whose __iter__ "
             "starts anew."
         )
+    if isinstance(batches, tuple) and any(hasattr(x, "shape") for x in batches):
+        raise ValueError(
+            "batches must be a list of batches, but a tuple of arrays was given, of "
+            f"shapes {_shapes(batches)}: give [batch], or list(batches) if each is one."
+        )
     empty = True
     for batch in batches:
         first, *_ = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)] or [()]

@@ -37,15 +37,15 @@ def recalibrate_batch_stats(
       model: a Linen module; its statistics are the collection ``batch_stats``.
       params: where the statistics are taken, :func:`msam_optax.eval_params` of a run.
       model_state: the module's collections other than the parameters.
-      batches: the module's inputs, batch by batch.
+      batches: the module's inputs without labels, batch by batch: a list for instance.
       **apply_kwargs: passed to the module as in training, for instance ``train=True``.
 
     Returns:
       `model_state` with the new ``batch_stats``; as it is for a model without any.
 
     Raises:
-      ValueError: if there are no batches, or the module, called so, takes no
-        statistics.
+      ValueError: if there are no batches, one batch was given in their place, or the
+        module, called so, takes no statistics.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> from msam_optax.batch_stats import recalibrate_batch_stats
@@ -57,6 +57,7 @@ def recalibrate_batch_stats(
     >>> print(state["batch_stats"]["mean"], state["batch_stats"]["var"])
     [1.5] [1.]
     """
+    _check_batches(batches)
     if "batch_stats" not in model_state:
         return model_state
     update = partial(_linen_statistics, model, tuple(sorted(apply_kwargs.items())))
@@ -90,11 +91,12 @@ def recalibrate_nnx_batch_stats(
 
     Args:
       model: an NNX module, all of whose batch norm layers are ``nnx.BatchNorm``.
-      batches: the module's inputs, batch by batch.
+      batches: the module's inputs without labels, batch by batch: a list for instance.
       **call_kwargs: passed to the module.
 
     Raises:
-      ValueError: if there are no batches, but batch statistics.
+      ValueError: if there are no batches, but batch statistics, or one batch was given
+        in their place.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -105,6 +107,7 @@ def recalibrate_nnx_batch_stats(
     >>> print(model.mean[...], model.var[...])
     [1.5] [1.]
     """
+    _check_batches(batches)
     training = nnx.clone(model)
     training.train()
     for _, module in nnx.iter_modules(training):
@@ -118,6 +121,15 @@ def recalibrate_nnx_batch_stats(
     for inputs in batches:
         mean.add(update(state, inputs), inputs)
     nnx.update(model, mean.result())
+
+
+def _check_batches(batches: Any) -> None:
+    """ValueError for an array whose examples would be taken for batches."""
+    if hasattr(batches, "shape") and len(batches.shape) < 3:
+        raise ValueError(
+            "batches must hold the module's inputs batch by batch, but an array of "
+            f"shape {batches.shape} was given: give [batch]."
+        )
 
 
 def _decay(update: Any, variables: Any, statistics: Any, inputs: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -70,7 +71,7 @@ def init_nnx(model: nnx.Module, optimizer: optax.GradientTransformation) -> Trai
       A :class:`msam_optax.TrainState` whose ``params`` are the module's ``nnx.Param``
       and whose ``model_state`` is all else.
     """
-    _, params, model_state = _split(nnx.clone(model), nnx.Param)
+    _, params, model_state = _split(_copy(model), nnx.Param)
     params = nnx.as_pure(params)
     return TrainState(params, optimizer.init(params), nnx.as_pure(model_state))
 
@@ -147,10 +148,16 @@ def eval_model(model: Module, optimizer: nnx.Optimizer) -> Module:
       TypeError: if ``optimizer`` is not an ``nnx.Optimizer``.
     """
     _check_optimizer(optimizer)
-    copy = nnx.clone(model)
+    copy = _copy(model)
     params = nnx.as_pure(nnx.state(copy, optimizer.wrt))
     nnx.update(copy, eval_params(nnx.as_pure(optimizer.opt_state), params))
     return copy
+
+
+def _copy(model: Module) -> Module:
+    """A copy with arrays of its own: those of `nnx.clone` are the module's."""
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, jax.tree.map(jnp.copy, state))
 
 
 def _check_optimizer(optimizer: Any) -> None:

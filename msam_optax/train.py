@@ -201,6 +201,13 @@ def make_train_step(
 
 
 def _check_loss_scale(loss_scaling: LossScaling | None, state: TrainState) -> None:
+    if not isinstance(state, TrainState):
+        raise ValueError(
+            "The train step needs a msam_optax.TrainState(params, "
+            "optimizer.init(params), model_state), but a "
+            f"{type(state).__module__}.{type(state).__name__} was given. (For a step "
+            "of your own on Flax's there is msam_optax.flax_linen.LinenTrainState.)"
+        )
     if (loss_scaling is None) == isinstance(state.loss_scale, LossScaleState):
         raise ValueError(
             "A train step with loss_scaling needs its state, "
@@ -215,9 +222,15 @@ def loss_and_aux(result: Any) -> Any:
     if not _is_pair(result):
         raise ValueError(
             "The loss must return (loss, aux), without auxiliary outputs (loss, {}), "
-            f"but it returned {jax.tree.map(jnp.shape, result)!r} (in shapes)."
+            f"but it returned {_described(result)}."
         )
     return result
+
+
+def _described(result: Any) -> str:
+    if hasattr(result, "shape"):
+        return f"an array of shape {result.shape} alone"
+    return f"{jax.tree.map(jnp.shape, result)!r} (in shapes)"
 
 
 def _is_pair(x: Any) -> bool:
@@ -228,7 +241,7 @@ def _check_result(result: Any) -> Any:
     if not (_is_pair(result) and _is_pair(result[1])):
         raise ValueError(
             "loss_fn(params, model_state, batch, key) must return (loss, (model_state, "
-            f"aux)), but it returned {jax.tree.map(jnp.shape, result)!r} (in shapes). "
+            f"aux)), but it returned {_described(result)}. "
             "Without model state and auxiliary outputs: loss, (model_state, {})."
         )
     return result

@@ -222,3 +222,14 @@ def test_a_module_called_as_in_evaluation_is_named():
     state = dict(model.init(jax.random.key(0), x, train=False))
     with pytest.raises(ValueError, match="train=True"):
         recalibrate_batch_stats(model, state.pop("params"), state, [x], train=False)
+
+
+def test_one_batch_in_the_place_of_batches_is_refused():
+    inputs = jnp.ones((4, 3))
+    model = nn.BatchNorm(use_running_average=False)
+    state = model.init(jax.random.key(0), inputs)
+    params = state.pop("params")
+    with pytest.raises(ValueError, match=r"shape \(4, 3\) was given: give \[batch\]"):
+        recalibrate_batch_stats(model, params, state, inputs)
+    with pytest.raises(ValueError, match=r"shape \(4, 3\) was given: give \[batch\]"):
+        recalibrate_nnx_batch_stats(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), inputs)

@@ -417,3 +417,26 @@ def test_nnx_functions_name_what_is_not_an_optimizer():
         eval_model(model, wrong)
     with pytest.raises(TypeError, match=r"is a Linear; it must be .*nnx\.Optimizer"):
         nnx_update(model, wrong, nnx_squared_error, batch)
+
+
+def test_a_donated_step_leaves_the_module_its_arrays():
+    model = nnx.Linear(3, 1, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+    tx, batch = optax.sgd(0.1), (jnp.ones((4, 3)), jnp.zeros((4, 1)))
+    step = msam_optax.make_train_step(nnx_loss(model, nnx_squared_error), tx)
+    for _ in range(2):  # the second run starts from the same module
+        step(init_nnx(model, tx), batch, None)
+    assert model(batch[0]).tolist() == [[3.0]] * 4
+
+
+def test_an_evaluated_module_outlives_the_next_donated_step():
+    model = nnx.Linear(3, 1, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    batch = (jnp.ones((4, 3)), jnp.zeros((4, 1)))
+
+    @nnx.jit(donate_argnums=(0, 1))
+    def step(model, optimizer):
+        return nnx_update(model, optimizer, nnx_squared_error, batch)
+
+    evaluated = eval_model(model, optimizer)
+    step(model, optimizer)
+    assert evaluated(batch[0]).tolist() == [[3.0]] * 4

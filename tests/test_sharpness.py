@@ -560,3 +560,9 @@ def test_a_hessian_that_is_not_finite_is_refused():
         sharpness.hessian_eigenvalues(
             quadratic_loss, tree_of(W), [BATCHES[0] * np.nan], 1, jax.random.key(0)
         )
+
+
+def test_one_batch_in_the_place_of_batches_is_refused():
+    batches = np.ones((4, 3)), np.ones(4)
+    with pytest.raises(ValueError, match=r"give \[batch\]"):
+        sharpness.mean_loss(lambda w, batch: jnp.sum(w), jnp.ones(2), batches)

@@ -484,3 +484,15 @@ def test_a_traced_batch_is_dispatched_in_graph(through):
         found, _ = jax.vmap(step, in_axes=(None, 0, None))(state, batches, None)
         found = jax.tree.map(lambda x: x[0], found)
     chex.assert_trees_all_close(found.params, expected.params, rtol=1e-6)
+
+
+def test_the_step_says_what_it_needs_in_the_place_of_another_state():
+    def loss_fn(params, model_state, batch, key):
+        return jnp.sum(params), (model_state, {})
+
+    wrong: Any = (jnp.ones(2), ())
+    step = mo.make_train_step(loss_fn, optax.sgd(0.1))
+    with pytest.raises(
+        ValueError, match=r"TrainState\(params, .* a builtins\.tuple was"
+    ):
+        step(wrong, None, None)

@@ -26,8 +26,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from msam_optax.plotting import Estimates
 
-RESULTS = optimizers.RESULTS / "figures"
-
 # What minutes on two cores show, and what an accelerator is for.
 _QUICK = {
     "dataset": "mnist5k",
@@ -163,7 +161,11 @@ def open_study(
     arguments.add_task_arguments(parser, seeds=chosen["seeds"])
     parser.set_defaults(**chosen)
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, metavar="DIR", help="folder to write to"
+        "--out",
+        type=Path,
+        default=Path("runs/figures"),
+        metavar="DIR",
+        help="folder to write to (default: %(default)s)",
     )
     args = parser.parse_args(argv, argparse.Namespace(argv=list(argv)))
     return Study(

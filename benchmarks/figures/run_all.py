@@ -108,7 +108,8 @@ def main(argv: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
     """Runs the scripts; returns 1 if one of them failed."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0],
-        epilog="All other flags are handed to the scripts.",
+        epilog="All other flags are handed to the scripts, for instance --quick "
+        "--seeds 2 --out DIR. Without --quick they train a WRN: for a GPU.",
     )
     parser.add_argument(
         "--jobs",
