@@ -60,7 +60,7 @@ def provenance(script: str, argv: Sequence[str]) -> dict[str, Any]:
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "cpu": _cpu_model(),
-            "cores": _usable_cores(),
+            "cores": len(usable_cores()) or os.cpu_count(),
             "device": device.device_kind,
             "platform": device.platform,
         },
@@ -73,10 +73,9 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def _usable_cores() -> int | None:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+def usable_cores() -> list[int]:
+    """Those that this process may run on; none where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
 
 
 def _cpu_model() -> str:

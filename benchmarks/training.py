@@ -275,11 +275,7 @@ def _gather(images: jax.Array, labels: jax.Array, indices: Any) -> tuple[Any, An
 
 
 def _has_policy(state: msam_optax.TrainState) -> bool:
-    def is_policy(node):
-        return isinstance(node, msam_optax.EmployState)
-
-    leaves = jax.tree.leaves(state.opt_state, is_leaf=is_policy)
-    return any(map(is_policy, leaves))
+    return bool(optax.tree.get_all_with_path(state.opt_state, "EmployState"))
 
 
 def _chunks(count: int) -> list[slice]:

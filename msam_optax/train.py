@@ -191,7 +191,7 @@ def make_train_step(
     second_half = jax.jit(finish, static_argnames="employed", donate_argnums=donated)
 
     def step(state, batch, key):
-        _check_loss_scale(loss_scaling, state)
+        _check_state(loss_scaling, state)
         if not _from_host(dispatch, state, (batch, key)):
             return in_graph(state, batch, key)
         clean, decision = first_half(state, batch, key)
@@ -200,7 +200,7 @@ def make_train_step(
     return step
 
 
-def _check_loss_scale(loss_scaling: LossScaling | None, state: TrainState) -> None:
+def _check_state(loss_scaling: LossScaling | None, state: TrainState) -> None:
     if not isinstance(state, TrainState):
         raise ValueError(
             "The train step needs a msam_optax.TrainState(params, "

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `benchmarks/*.py`
 
 import arguments
-import jax
 import numpy as np
 import optax
 import optimizers
@@ -278,13 +277,8 @@ def trained(
 
 def momentum_of(opt_state: optax.OptState) -> Any:
     """The momentum of the SGD inside an optimizer's state."""
-
-    def is_trace(node):
-        return isinstance(node, optax.TraceState)
-
-    leaves = jax.tree.leaves(opt_state, is_leaf=is_trace)
-    (momentum,) = [leaf.trace for leaf in leaves if is_trace(leaf)]
-    return momentum
+    # By the state's name: its field's may be that of a parameter too.
+    return optax.tree.get(opt_state, "TraceState").trace
 
 
 def save(study: Study, rows: Sequence[Mapping[str, Any]], figure: Figure) -> None:

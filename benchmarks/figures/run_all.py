@@ -23,6 +23,7 @@ from typing import NamedTuple
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `benchmarks/*.py`
 
 import arguments
+import report
 import tables
 from rich.console import Console
 
@@ -60,12 +61,10 @@ def scripts(folder: Path) -> list[Path]:
 def shares(jobs: int) -> list[set[int]]:
     """The cores of each of the jobs that run at a time, as many for each.
 
-    With more jobs than cores each may use all of them, as it may where the system does
-    not tell which there are.
+    With more jobs than cores each may use all of them. They are empty where the system
+    does not tell which cores there are.
     """
-    if sys.platform != "linux":
-        return [set() for _ in range(jobs)]
-    cores = sorted(os.sched_getaffinity(0))
+    cores = report.usable_cores()
     size = len(cores) // jobs
     if not size:
         return [set(cores) for _ in range(jobs)]
