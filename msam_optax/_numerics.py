@@ -1,4 +1,11 @@
-"""Norms that do not overflow and tree arithmetic that keeps every leaf's dtype."""
+"""Norms that do not overflow and tree arithmetic that keeps every leaf's dtype.
+
+**A scalar over the whole tree ends in a division, a square root or a reduction**, and
+guards stand inside these, never behind them. XLA takes a select, a comparison or an
+addition for cheap and computes it again in every fusion that uses its result, and with
+it the chain of additions over all tensors that it depends on: n tensors times n
+additions to compile and to run. What is not cheap is computed once.
+"""
 
 from functools import reduce
 from typing import Any
@@ -34,10 +41,17 @@ def sum_of_squares(tree: Any) -> jax.Array:
     return sum(squares, start=jnp.zeros([], dtype))
 
 
+@jax.custom_jvp
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """Square root whose derivative at 0 is 0 and not infinite."""
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), x)
+    return jnp.sqrt(x)
+
+
+@safe_sqrt.defjvp
+def _safe_sqrt_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    root = safe_sqrt(x)
+    return root, dx / jnp.where(x == 0, jnp.inf, 2 * root)
 
 
 def global_norm(tree: Any) -> jax.Array:
@@ -47,8 +61,7 @@ def global_norm(tree: Any) -> jax.Array:
 
 def safe_divide(numerator: Any, denominator: jax.Array) -> jax.Array:
     """Quotient that is 0 where the denominator is 0, in the denominator's dtype."""
-    nonzero = denominator != 0
-    quotient = jnp.where(nonzero, numerator / jnp.where(nonzero, denominator, 1), 0)
+    quotient = numerator / jnp.where(denominator == 0, jnp.inf, denominator)
     return quotient.astype(denominator.dtype)
 
 

@@ -230,11 +230,7 @@ def _dual_direction(direction: optax.Updates, p: float) -> optax.Updates:
         return jax.tree.map(jnp.sign, direction)
     dtype = statistics_dtype(direction)
     sizes = jax.tree.map(lambda g: jnp.abs(g).astype(dtype), direction)
-    largest = jax.tree.reduce(
-        jnp.maximum,
-        jax.tree.map(lambda s: jnp.max(s, initial=0), sizes),
-        jnp.zeros([], dtype),
-    )
+    largest = _max(sizes, dtype)
     if p == 1:  # q is infinite, and only the largest entries survive.
         powers = jax.tree.map(
             lambda s: ((s == largest) & (largest > 0)).astype(dtype), sizes
@@ -255,5 +251,15 @@ def _dual_direction(direction: optax.Updates, p: float) -> optax.Updates:
     )
 
 
+# Both by a reduction at last, see `_numerics`.
+
+
 def _sum(tree: Any, dtype: Any) -> jax.Array:
-    return sum(map(jnp.sum, jax.tree.leaves(tree)), start=jnp.zeros([], dtype))
+    parts = [jnp.sum(x) for x in jax.tree.leaves(tree)]
+    return jnp.sum(jnp.asarray(parts, dtype))
+
+
+def _max(tree: Any, dtype: Any) -> jax.Array:
+    """The largest entry."""
+    parts = [jnp.max(x, initial=0) for x in jax.tree.leaves(tree)]
+    return jnp.max(jnp.asarray(parts, dtype), initial=0)
