@@ -230,12 +230,12 @@ def _dual_direction(direction: optax.Updates, p: float) -> optax.Updates:
         return jax.tree.map(jnp.sign, direction)
     dtype = statistics_dtype(direction)
     sizes = jax.tree.map(lambda g: jnp.abs(g).astype(dtype), direction)
-    largest = _max(sizes, dtype)
+    largest = _largest(sizes, dtype)
     if p == 1:  # q is infinite, and only the largest entries survive.
         powers = jax.tree.map(
             lambda s: ((s == largest) & (largest > 0)).astype(dtype), sizes
         )
-        total = _sum(powers, dtype)
+        factor = safe_divide(1, _sum(powers, dtype))
     else:
         q = p / (p - 1)
         # The quotient does not change when g is scaled, and no power overflows then.
@@ -243,23 +243,20 @@ def _dual_direction(direction: optax.Updates, p: float) -> optax.Updates:
         powers = jax.tree.map(  # whose slope at 0 may be infinite
             lambda s: jnp.where(s > 0, jnp.where(s > 0, s, 1) ** (q - 1), 0), sizes
         )
-        total = _sum(jax.tree.map(lambda s: s**q, sizes), dtype) ** (1 / p)
+        total = _sum(jax.tree.map(lambda s: s**q, sizes), dtype)
+        factor = 1 / jnp.where(total == 0, 1, total) ** (1 / p)
     return jax.tree.map(
-        lambda g, s: (jnp.sign(g) * safe_divide(s, total)).astype(g.dtype),
+        lambda g, s: (factor * jnp.sign(g) * s).astype(g.dtype),
         direction,
         powers,
     )
 
 
-# Both by a reduction at last, see `_numerics`.
-
-
 def _sum(tree: Any, dtype: Any) -> jax.Array:
-    parts = [jnp.sum(x) for x in jax.tree.leaves(tree)]
-    return jnp.sum(jnp.asarray(parts, dtype))
+    return sum(map(jnp.sum, jax.tree.leaves(tree)), start=jnp.zeros([], dtype))
 
 
-def _max(tree: Any, dtype: Any) -> jax.Array:
-    """The largest entry."""
+def _largest(tree: Any, dtype: Any) -> jax.Array:
+    """The largest entry, by a sort at last: XLA makes a chain of a maximum."""
     parts = [jnp.max(x, initial=0) for x in jax.tree.leaves(tree)]
-    return jnp.max(jnp.asarray(parts, dtype), initial=0)
+    return jnp.sort(jnp.asarray([0, *parts], dtype))[-1]
