@@ -138,7 +138,7 @@ def _partitioned(
 
 def _m_sharpness(problem: workloads.Problem, mesh: Mesh) -> jax.stages.Lowered:
     """SAM whose devices each ascend along the gradient of their own examples."""
-    sam = msam_optax.sharpness_aware_gradient(msam_optax.normalized_ascent(0.05))
+    sam = msam_optax.sharpness_aware_gradient(msam_optax.ascents.normalized(0.05))
     sgd = METHODS["sgd"].build(1)
 
     def device_gradient(params, batch):

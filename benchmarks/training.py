@@ -14,8 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import msam_optax
-from msam_optax.batch_stats import recalibrate_batch_stats
-from msam_optax.flax_linen import init_linen, linen_loss
+from msam_optax.flax.linen import init_linen, linen_loss, recalibrate_batch_stats
 
 # Forward passes without gradients, bounded so that large datasets fit into memory.
 _EVALUATION_BATCH = 1000
@@ -260,7 +259,7 @@ def sharpness(
         gradient = optax.tree.add(
             gradient, _loss_gradient(model, weights, images[chunk], labels[chunk])
         )
-    ascent = msam_optax.normalized_ascent(radius)
+    ascent = msam_optax.ascents.normalized(radius)
     epsilon, _ = ascent.update(gradient, ascent.init(weights.params), weights.params)
     ascended = weights._replace(params=optax.tree.add(weights.params, epsilon))
     return (

@@ -8,7 +8,7 @@ import models
 import optax
 
 import msam_optax
-from msam_optax.flax_linen import linen_loss
+from msam_optax.flax.linen import linen_loss
 
 # The cost of a step does not depend on what the images show.
 BATCHES = 4
@@ -90,7 +90,7 @@ class Problem(NamedTuple):
       batches: pairs of images and labels.
     """
 
-    loss_fn: msam_optax.train.LossFn
+    loss_fn: msam_optax.LossFn
     params: Any
     model_state: Any
     batches: list[tuple[jax.Array, jax.Array]]

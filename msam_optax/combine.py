@@ -7,9 +7,15 @@ A rule is a function ``combine(clean, perturbed) -> gradient`` for
 import jax
 import optax
 
-from msam_optax._hyperparams import check_real
-from msam_optax._numerics import add_scaled, orthogonal_part
-from msam_optax.sharpness_aware import Combine
+from msam_optax._base.hyperparams import check_real
+from msam_optax._base.numerics import add_scaled, orthogonal_part
+from msam_optax.transforms._sharpness_aware import Combine as Combine
+
+__all__ = [
+    "Combine",
+    "interpolate",
+    "surrogate_gap",
+]
 
 
 def surrogate_gap(alpha: float) -> Combine:
@@ -33,7 +39,7 @@ def surrogate_gap(alpha: float) -> Combine:
       ValueError: if alpha is not a finite number.
 
     >>> import jax.numpy as jnp, msam_optax
-    >>> combine = msam_optax.surrogate_gap(alpha=0.5)
+    >>> combine = msam_optax.combine.surrogate_gap(alpha=0.5)
     >>> print(combine(jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0])))
     [-0.5  1. ]
 
@@ -65,7 +71,7 @@ def interpolate(alpha: float) -> Combine:
       ValueError: if alpha is not a finite number.
 
     >>> import jax.numpy as jnp, msam_optax
-    >>> combine = msam_optax.interpolate(alpha=0.75)
+    >>> combine = msam_optax.combine.interpolate(alpha=0.75)
     >>> print(combine(jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0])))
     [0.25 1.25]
 

@@ -48,7 +48,7 @@ MSAM: dict[str, Callable[[], Any]] = {
     # The usual eps is 0 in float16, and Adam's step then 0/0 where gradients are zero.
     "adamw_msam": lambda: mo.adamw_msam(0.01, eps=1e-6, rho=0.3),
     "momentum_perturbation": lambda: mo.momentum_perturbation(
-        optax.lion(0.01), ascent=mo.stochastic_ascent(falling, beta=0.5)
+        optax.lion(0.01), ascent=mo.ascents.stochastic(falling, beta=0.5)
     ),
 }
 METHODS: dict[str, Callable[[], Any]] = {
@@ -117,7 +117,7 @@ def training(name: str, dispatch: Any = "auto") -> Training:
 
 def m_sharpness() -> Training:
     """Per-shard ascents, random ones so that their state matters."""
-    ascent = mo.stochastic_ascent(falling, beta=0.5)
+    ascent = mo.ascents.stochastic(falling, beta=0.5)
     sharded = mo.m_sharpness(mo.sharpness_aware_gradient(ascent), shards=4)
     base = sgd()
 

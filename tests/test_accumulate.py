@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 import msam_optax
-from msam_optax.accumulate import microbatched
-from msam_optax.flax_nnx import init_nnx, nnx_loss
+from msam_optax.flax.nnx import init_nnx, nnx_loss
+from msam_optax.training._microbatches import microbatched
 
 PARTS, BATCH = 4, 16
 SGD = optax.sgd(0.1, momentum=0.9)
@@ -23,7 +23,7 @@ OPTIMIZERS = {
     "looksam": msam_optax.looksam(SGD, rho=0.5, k=2),
     "second order": optax.chain(
         msam_optax.sharpness_aware_gradient(
-            msam_optax.normalized_ascent(0.5), second_order=True
+            msam_optax.ascents.normalized(0.5), second_order=True
         ),
         SGD,
     ),
@@ -108,7 +108,7 @@ def test_optax_microbatch_gives_the_same_gradient(x64):
 
 def test_one_epsilon_for_each_micro_batch_equals_m_sharpness(x64):
     params, (batch, *_) = problem()
-    ascent = msam_optax.sharpness_aware_gradient(msam_optax.normalized_ascent(0.5))
+    ascent = msam_optax.sharpness_aware_gradient(msam_optax.ascents.normalized(0.5))
     each = optax.chain(ascent, optax.MultiSteps(SGD, PARTS).gradient_transformation())
     accumulated, _ = train(loss_fn, each, params, parts_of(batch))
 

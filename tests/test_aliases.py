@@ -602,7 +602,7 @@ def test_msam_with_an_adaptive_ascent_scales_with_the_clean_weights(problem):
     tx = optax.chain(
         optax.add_decayed_weights(DECAY),
         mo.momentum_perturbation(
-            optax.sgd(lr, MU), ascent=mo.adaptive_ascent(ramp, eta=0.01)
+            optax.sgd(lr, MU), ascent=mo.ascents.adaptive(ramp, eta=0.01)
         ),
     )
     expected = twisted_msam(problem, direction=lambda v, w: t_of(w) * unit(t_of(w) * v))
@@ -626,11 +626,13 @@ def sam_blocks(ascent: Any, policy: Any = None) -> optax.GradientTransformation:
 
 
 BLOCKS: dict[str, Callable[[], Any]] = {
-    "sam": lambda: sam_blocks(mo.normalized_ascent(RHO)),
-    "asam": lambda: sam_blocks(mo.adaptive_ascent(RHO, 0.01)),
-    "ss_sam": lambda: sam_blocks(mo.normalized_ascent(RHO), mo.bernoulli(0.5, 0)),
+    "sam": lambda: sam_blocks(mo.ascents.normalized(RHO)),
+    "asam": lambda: sam_blocks(mo.ascents.adaptive(RHO, 0.01)),
+    "ss_sam": lambda: sam_blocks(
+        mo.ascents.normalized(RHO), mo.policies.bernoulli(0.5, 0)
+    ),
     "ae_sam": lambda: sam_blocks(
-        mo.normalized_ascent(RHO), mo.adaptive(40, 0.5, -0.2, 0.2)
+        mo.ascents.normalized(RHO), mo.policies.adaptive(40, 0.5, -0.2, 0.2)
     ),
 }
 
@@ -659,7 +661,7 @@ MSAM_BLOCKS: dict[str, tuple[str, Callable[[], Any]]] = {
     "msam by an ascent": (
         "schedules",
         lambda: mo.momentum_perturbation(
-            optax.sgd(lr, MU), ascent=mo.normalized_ascent(ramp)
+            optax.sgd(lr, MU), ascent=mo.ascents.normalized(ramp)
         ),
     ),
     "adamw_msam": (
@@ -726,13 +728,16 @@ def test_with_a_schedule_of_zeros_the_base_optimizer_remains(problem):
 @on_both
 def test_policies_that_always_agree_do(problem):
     def with_policy(policy: Any) -> Any:
-        return run(sam_blocks(mo.normalized_ascent(RHO), policy), problem).params
+        return run(sam_blocks(mo.ascents.normalized(RHO), policy), problem).params
 
-    always = with_policy(mo.always())
-    chex.assert_trees_all_equal(always, with_policy(mo.every(1)))
-    chex.assert_trees_all_equal(always, with_policy(mo.bernoulli(1.0, 0)))
+    always = with_policy(mo.policies.always())
+    chex.assert_trees_all_equal(always, with_policy(mo.policies.every(1)))
+    chex.assert_trees_all_equal(always, with_policy(mo.policies.bernoulli(1.0, 0)))
     assert distance(always, sam_run("sam", "decay", problem)) < 1e-12
-    assert distance(with_policy(mo.never()), base_run(decayed_sgd, problem)) < 1e-12
+    assert (
+        distance(with_policy(mo.policies.never()), base_run(decayed_sgd, problem))
+        < 1e-12
+    )
 
 
 # --- Identities and closed forms ------------------------------------------------------
@@ -748,7 +753,7 @@ def test_msam_starts_unperturbed(name, problem):
 @on_both
 def test_msam_unnormalised_and_scaled_by_the_learning_rate_is_nesterov(problem):
     tx = mo.momentum_perturbation(
-        optax.sgd(0.05, MU), ascent=mo.unnormalized_ascent(0.05 * MU)
+        optax.sgd(0.05, MU), ascent=mo.ascents.unnormalized(0.05 * MU)
     )
     nesterov = run(optax.sgd(0.05, MU, nesterov=True), problem).params
     assert distance(run(tx, problem).params, nesterov) < 1e-12
@@ -802,7 +807,7 @@ def replaced_gradient(ascent: Any, grad_fn: Callable, params: Any) -> Any:
 @pytest.mark.parametrize("rho", [0.01, 0.5, -0.5, 3.0])
 def test_sam_gradient_of_a_quadratic(rho):
     a, w = jnp.asarray(quadratic_matrix()), jnp.linspace(-1.0, 2.0, 17)
-    gradient = replaced_gradient(mo.normalized_ascent(rho), lambda w: a @ w, w)
+    gradient = replaced_gradient(mo.ascents.normalized(rho), lambda w: a @ w, w)
     expected = a @ w + rho * a @ a @ w / jnp.linalg.norm(a @ w)
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-13)
 
@@ -819,7 +824,9 @@ def test_sam_gradient_is_a_curvature_along_the_gradient_as_rho_vanishes():
     curvature = Tree(named(hessian_times_g)) / norm(Tree(named(g)))
 
     def error(rho: float) -> float:
-        sam = Tree(named(replaced_gradient(mo.normalized_ascent(rho), grad_fn, params)))
+        sam = Tree(
+            named(replaced_gradient(mo.ascents.normalized(rho), grad_fn, params))
+        )
         return norm((sam - Tree(named(g))) / rho - curvature)
 
     assert error(1e-5) < 1e-4 * norm(curvature)
@@ -832,7 +839,7 @@ def test_sam_ascent_ignores_the_scale_of_the_loss(factor, problem):
     params = jax.tree.map(jnp.asarray, problem.params)
     g = problem.grad(params, 0)
     scaled = jax.tree.map(lambda x: factor * x, g)
-    for ascent in mo.normalized_ascent(RHO), mo.adaptive_ascent(RHO, 0.01):
+    for ascent in mo.ascents.normalized(RHO), mo.ascents.adaptive(RHO, 0.01):
         state = ascent.init(params)
         chex.assert_trees_all_close(
             ascent.update(scaled, state, params)[0],
@@ -864,8 +871,8 @@ def test_asam_is_invariant_to_node_rescaling_and_sam_is_not():
     def change(function: Callable) -> float:
         return float(jnp.max(jnp.abs(function(params) - function(rescaled))))
 
-    asam = functools.partial(predict_perturbed, mo.adaptive_ascent(0.5, eta=0.0))
-    sam = functools.partial(predict_perturbed, mo.normalized_ascent(0.5))
+    asam = functools.partial(predict_perturbed, mo.ascents.adaptive(0.5, eta=0.0))
+    sam = functools.partial(predict_perturbed, mo.ascents.normalized(0.5))
     assert change(predict) < 1e-12
     assert change(asam) < 1e-12
     assert change(sam) > 1e-2

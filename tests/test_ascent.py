@@ -58,14 +58,14 @@ DIRECTION = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[-4.0]])}
     ],
 )
 def test_normalized_ascent_is_the_dual_direction_over_all_parameters(p, a, b):
-    epsilon = epsilon_of(mo.normalized_ascent(RHO, p), DIRECTION)
+    epsilon = epsilon_of(mo.ascents.normalized(RHO, p), DIRECTION)
     expected = {"a": jnp.asarray(a), "b": jnp.full((1, 1), b)}
     chex.assert_trees_all_close(epsilon, expected, rtol=1e-6)
 
 
 def test_of_equal_largest_entries_all_get_their_share_with_p_1():
     direction = {"a": jnp.array([2.0, -2.0, 1.0]), "b": jnp.array([2.0])}
-    epsilon = epsilon_of(mo.normalized_ascent(0.3, p=1), direction)
+    epsilon = epsilon_of(mo.ascents.normalized(0.3, p=1), direction)
     expected = {"a": jnp.array([0.1, -0.1, 0.0]), "b": jnp.array([0.1])}
     chex.assert_trees_all_close(epsilon, expected, rtol=1e-6)
 
@@ -76,7 +76,7 @@ def test_adaptive_ascent_scales_matrices_and_no_vectors():
     # T is 3, 2 and 1, T g is 3, 4 and 2, of norm sqrt(29).
     expected = {"w": jnp.array([[9.0, 8.0]]), "b": jnp.array([2.0])}
     expected = optax.tree.scale(RHO / np.sqrt(29), expected)
-    ascent = mo.adaptive_ascent(RHO, eta=1.0)
+    ascent = mo.ascents.adaptive(RHO, eta=1.0)
     chex.assert_trees_all_close(
         epsilon_of(ascent, direction, params), expected, rtol=1e-6
     )
@@ -102,17 +102,17 @@ def test_the_mask_says_where_the_ascent_is_adaptive(mask, adaptive):
     direction = jax.tree.map(jnp.ones_like, PARAMS)
     t = np.where(adaptive, flat(PARAMS) + 0.5, 1.0)
     expected = RHO * t**2 / np.linalg.norm(t)
-    found = epsilon_of(mo.adaptive_ascent(RHO, 0.5, mask), direction, PARAMS)
+    found = epsilon_of(mo.ascents.adaptive(RHO, 0.5, mask), direction, PARAMS)
     np.testing.assert_allclose(flat(found), expected, rtol=1e-6)
 
 
 def test_unnormalized_ascent_only_scales():
-    epsilon = epsilon_of(mo.unnormalized_ascent(-RHO), DIRECTION)
+    epsilon = epsilon_of(mo.ascents.unnormalized(-RHO), DIRECTION)
     chex.assert_trees_all_close(epsilon, optax.tree.scale(-RHO, DIRECTION))
 
 
 def test_a_negative_rho_turns_around():
-    for make in (mo.normalized_ascent, mo.unnormalized_ascent, mo.adaptive_ascent):
+    for make in (mo.ascents.normalized, mo.ascents.unnormalized, mo.ascents.adaptive):
         ahead, back = (epsilon_of(make(r), DIRECTION, DIRECTION) for r in (RHO, -RHO))
         chex.assert_trees_all_equal(ahead, optax.tree.scale(-1, back))
         assert np.vdot(flat(ahead), flat(DIRECTION)) > 0
@@ -134,7 +134,7 @@ def as_tree(vector: np.ndarray) -> dict[str, jax.Array]:
 @quick
 @hypothesis.given(vector=vectors.filter(np.any), p=st.sampled_from(PS))
 def test_the_perturbation_reaches_the_ball_and_the_dual_norm(vector, p):
-    epsilon = epsilon_of(mo.normalized_ascent(RHO, p), as_tree(vector))
+    epsilon = epsilon_of(mo.ascents.normalized(RHO, p), as_tree(vector))
     q = {1: np.inf, np.inf: 1}.get(p) or p / (p - 1)
     assert p_norm(epsilon, p) == pytest.approx(RHO, rel=1e-10)
     # Hölder's inequality is an equality.
@@ -149,7 +149,7 @@ def test_the_perturbation_reaches_the_ball_and_the_dual_norm(vector, p):
     vector=vectors.filter(np.any), p=st.sampled_from(PS), seed=st.integers(0, 100)
 )
 def test_no_other_point_of_the_ball_rises_higher(vector, p, seed):
-    epsilon = epsilon_of(mo.normalized_ascent(RHO, p), as_tree(vector))
+    epsilon = epsilon_of(mo.ascents.normalized(RHO, p), as_tree(vector))
     rng = np.random.default_rng(seed)
     others = rng.normal(size=(50, len(vector)))
     others *= RHO / np.linalg.norm(others, p, axis=1, keepdims=True)
@@ -165,7 +165,7 @@ def test_no_other_point_of_the_ball_rises_higher(vector, p, seed):
     p=st.sampled_from(PS),
 )
 def test_the_scale_of_the_direction_does_not_matter(vector, exponent, p):
-    ascent = mo.normalized_ascent(RHO, p)
+    ascent = mo.ascents.normalized(RHO, p)
     scaled = 2.0**exponent * vector
     chex.assert_trees_all_close(
         epsilon_of(ascent, as_tree(scaled)),
@@ -187,7 +187,7 @@ def test_the_adaptive_radius_is_invariant_to_rescaling_a_weight(
     g, w = vector[:size], weights[:size]
     hypothesis.assume(np.any(g * w))
     factors = np.geomspace(factor, 1 / factor, size)
-    ascent = mo.adaptive_ascent(RHO, eta=0.0, mask=True)
+    ascent = mo.ascents.adaptive(RHO, eta=0.0, mask=True)
     epsilon = epsilon_of(ascent, as_tree(g), as_tree(w))
     rescaled = epsilon_of(ascent, as_tree(g / factors), as_tree(w * factors))
     np.testing.assert_allclose(
@@ -202,13 +202,17 @@ def test_the_adaptive_radius_is_invariant_to_rescaling_a_weight(
 def test_a_limit_shortens_the_whole_perturbation_and_never_lengthens_it(ratio, length):
     params = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}  # of norm 5
     direction = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([[-2.0]])}
-    ascent = optax.chain(mo.normalized_ascent(RHO), mo.clip_by_weight_norm(ratio))
+    ascent = optax.chain(
+        mo.ascents.normalized(RHO), mo.ascents.clip_by_weight_norm(ratio)
+    )
     expected = jax.tree.map(lambda g: length * g / 3, direction)
     chex.assert_trees_all_close(epsilon_of(ascent, direction, params), expected)
 
 
 def test_a_limited_momentum_perturbation_grows_with_the_weights():
-    ascent = optax.chain(mo.normalized_ascent(1e3), mo.clip_by_weight_norm(0.04))
+    ascent = optax.chain(
+        mo.ascents.normalized(1e3), mo.ascents.clip_by_weight_norm(0.04)
+    )
     tx = mo.momentum_perturbation(optax.sgd(0.1, momentum=0.9), ascent=ascent)
     params = jnp.array([3.0, 4.0])
     state = tx.init(params)
@@ -223,11 +227,13 @@ def test_a_limited_momentum_perturbation_grows_with_the_weights():
 # --- Zeros and number formats ---------------------------------------------------------
 
 ASCENTS = {
-    **{f"normalized, p={p}": mo.normalized_ascent(RHO, p) for p in PS},
-    "adaptive": mo.adaptive_ascent(RHO, 0.01),
-    "adaptive without eta": mo.adaptive_ascent(RHO, 0.0, mask=True),
-    "unnormalized": mo.unnormalized_ascent(RHO),
-    "clipped": optax.chain(mo.normalized_ascent(RHO), mo.clip_by_weight_norm(0.01)),
+    **{f"normalized, p={p}": mo.ascents.normalized(RHO, p) for p in PS},
+    "adaptive": mo.ascents.adaptive(RHO, 0.01),
+    "adaptive without eta": mo.ascents.adaptive(RHO, 0.0, mask=True),
+    "unnormalized": mo.ascents.unnormalized(RHO),
+    "clipped": optax.chain(
+        mo.ascents.normalized(RHO), mo.ascents.clip_by_weight_norm(0.01)
+    ),
 }
 all_ascents = pytest.mark.parametrize("name", ASCENTS)
 
@@ -243,7 +249,7 @@ def test_a_zero_direction_gives_no_perturbation(name, dtype):
 def test_zero_weights_without_eta_give_no_perturbation():
     direction = {"w": jnp.ones((2, 2))}
     zeros = {"w": jnp.zeros((2, 2))}
-    found = epsilon_of(mo.adaptive_ascent(RHO, eta=0.0), direction, zeros)
+    found = epsilon_of(mo.ascents.adaptive(RHO, eta=0.0), direction, zeros)
     chex.assert_trees_all_equal(found, zeros)
 
 
@@ -260,19 +266,19 @@ def test_the_perturbation_has_the_directions_dtype(name, dtype):
 @pytest.mark.parametrize("p", PS)
 def test_norms_of_float16_neither_overflow_nor_vanish(p, value):
     direction = jnp.full(1000, value, jnp.float16)
-    found = epsilon_of(mo.normalized_ascent(RHO, p), direction)
+    found = epsilon_of(mo.ascents.normalized(RHO, p), direction)
     np.testing.assert_allclose(np.float32(found), RHO / 1000 ** (1 / p), rtol=2e-3)
 
 
 def test_the_adaptive_norm_of_float16_does_not_overflow():
     direction = jnp.full((10, 100), 100.0, jnp.float16)
-    found = epsilon_of(mo.adaptive_ascent(RHO), direction, direction)
+    found = epsilon_of(mo.ascents.adaptive(RHO), direction, direction)
     np.testing.assert_allclose(np.float32(found), 100 * RHO / 1000**0.5, rtol=2e-3)
 
 
 @pytest.mark.parametrize("p", PS)
 def test_the_ascent_can_be_differentiated_at_zero(p):
-    ascent = mo.normalized_ascent(RHO, p)
+    ascent = mo.ascents.normalized(RHO, p)
     slope = jax.grad(lambda g: jnp.sum(epsilon_of(ascent, {"w": g})["w"]))(jnp.zeros(3))
     chex.assert_tree_all_finite(slope)
 
@@ -281,7 +287,7 @@ def test_the_ascent_can_be_differentiated_at_zero(p):
 
 
 @pytest.mark.parametrize(
-    "make", [mo.normalized_ascent, mo.adaptive_ascent, mo.unnormalized_ascent]
+    "make", [mo.ascents.normalized, mo.ascents.adaptive, mo.ascents.unnormalized]
 )
 def test_a_schedule_is_read_at_0_1_2(make):
     ascent = make(lambda t: 0.1 * (t + 1))
@@ -294,7 +300,7 @@ def test_a_schedule_is_read_at_0_1_2(make):
 
 
 def test_a_step_given_as_an_extra_argument_is_the_schedules():
-    ascent = mo.normalized_ascent(lambda t: 0.1 * t)
+    ascent = mo.ascents.normalized(lambda t: 0.1 * t)
     found, state = ascent.update(
         DIRECTION, ascent.init(DIRECTION), None, step=jnp.int32(7)
     )
@@ -315,7 +321,7 @@ def test_a_constant_needs_no_state():
     "rho", [np.nan, np.inf, -np.inf, "0.1", True, None, 1j, [0.1], jnp.ones(2)]
 )
 @pytest.mark.parametrize(
-    "make", [mo.normalized_ascent, mo.adaptive_ascent, mo.unnormalized_ascent]
+    "make", [mo.ascents.normalized, mo.ascents.adaptive, mo.ascents.unnormalized]
 )
 def test_a_rho_that_is_no_number_is_refused_when_built(make, rho):
     with pytest.raises(ValueError, match=r"rho \(or a schedule step -> rho\) must be"):
@@ -324,7 +330,7 @@ def test_a_rho_that_is_no_number_is_refused_when_built(make, rho):
 
 @pytest.mark.parametrize("rho", [1, 0.5, np.float32(0.5), np.int64(1), jnp.float32(1)])
 def test_numbers_of_any_library_are_accepted(rho):
-    found = epsilon_of(mo.normalized_ascent(rho), DIRECTION)
+    found = epsilon_of(mo.ascents.normalized(rho), DIRECTION)
     assert p_norm(found, 2) == pytest.approx(float(rho))
 
 
@@ -333,23 +339,23 @@ def test_numbers_of_any_library_are_accepted(rho):
 )
 def test_a_p_outside_one_to_infinity_is_refused_when_built(p):
     with pytest.raises(ValueError, match=r"p must be a Python number in \[1, inf\]"):
-        mo.normalized_ascent(RHO, p)
+        mo.ascents.normalized(RHO, p)
 
 
 @pytest.mark.parametrize("eta", [-1e-3, np.nan, np.inf, "0", True, 1j, None])
 def test_an_eta_that_is_no_length_is_refused_when_built(eta):
     with pytest.raises(ValueError, match=r"eta must be one finite real number in \[0"):
-        mo.adaptive_ascent(RHO, eta)
+        mo.ascents.adaptive(RHO, eta)
 
 
 @pytest.mark.parametrize("ratio", [0, -1.0, np.nan, np.inf, None, "0.1"])
 def test_a_limit_that_is_no_ratio_is_refused_when_built(ratio):
     with pytest.raises(ValueError, match=r"max_ratio must be one finite real number"):
-        mo.clip_by_weight_norm(ratio)
+        mo.ascents.clip_by_weight_norm(ratio)
 
 
 def test_adaptive_ascent_asks_for_missing_params():
-    ascent = mo.adaptive_ascent(RHO)
+    ascent = mo.ascents.adaptive(RHO)
     with pytest.raises(ValueError, match="params were None: call update"):
         ascent.update(DIRECTION, ascent.init(DIRECTION))
 
@@ -365,6 +371,6 @@ def test_complex_parameters_are_refused_and_told_what_to_do(name):
 
 @pytest.mark.parametrize("value", [None, "0.1", jnp.ones(3)])
 def test_a_schedule_that_returns_no_number_is_refused(value):
-    ascent = mo.normalized_ascent(lambda step: value)
+    ascent = mo.ascents.normalized(lambda step: value)
     with pytest.raises(ValueError, match="What a schedule returns must be"):
         ascent.update(jnp.ones(3), ascent.init(jnp.ones(3)))

@@ -12,11 +12,8 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import msam_optax
-from msam_optax.batch_stats import (
-    recalibrate_batch_stats,
-    recalibrate_nnx_batch_stats,
-)
-from msam_optax.flax_linen import init_linen, linen_loss
+from msam_optax.flax.linen import init_linen, linen_loss, recalibrate_batch_stats
+from msam_optax.flax.nnx import recalibrate_batch_stats as recalibrate_nnx_batch_stats
 
 
 class Net(nn.Module):

@@ -23,7 +23,7 @@ def falling(t: Any) -> Any:
 
 
 def sharpness_aware(rho: Any = 0.2) -> optax.GradientTransformationExtraArgs:
-    return mo.sharpness_aware_gradient(mo.normalized_ascent(rho))
+    return mo.sharpness_aware_gradient(mo.ascents.normalized(rho))
 
 
 Base = Callable[[], optax.GradientTransformation]
@@ -37,11 +37,11 @@ def sgd() -> optax.GradientTransformation:
 AROUND: dict[str, Callable[[optax.GradientTransformation], Any]] = {
     "momentum_perturbation": lambda base: mo.momentum_perturbation(base, 0.2),
     "momentum_perturbation, adaptive": lambda base: mo.momentum_perturbation(
-        base, ascent=mo.adaptive_ascent(falling, eta=0.01)
+        base, ascent=mo.ascents.adaptive(falling, eta=0.01)
     ),
     "sam": lambda base: mo.sam(base, 0.2),
     "sam, second order": lambda base: optax.chain(
-        mo.sharpness_aware_gradient(mo.normalized_ascent(0.2), second_order=True), base
+        mo.sharpness_aware_gradient(mo.ascents.normalized(0.2), second_order=True), base
     ),
     "asam": lambda base: mo.asam(base, 0.5),
     "ss_sam": lambda base: mo.ss_sam(base, 0.2),
@@ -66,11 +66,11 @@ AROUND: dict[str, Callable[[optax.GradientTransformation], Any]] = {
     "friendly_sam, rho schedule": lambda base: mo.friendly_sam(base, falling),
     "fisher_sam": lambda base: mo.fisher_sam(base, 0.2),
     "employ every second": lambda base: optax.chain(
-        mo.employ(mo.every(2), sharpness_aware()), base
+        mo.employ(mo.policies.every(2), sharpness_aware()), base
     ),
     "employ late, halved otherwise": lambda base: optax.chain(
         mo.employ(
-            mo.between(3),
+            mo.policies.between(3),
             sharpness_aware(falling),
             otherwise=lambda updates, _: optax.tree.scale(0.5, updates),
         ),
@@ -211,8 +211,8 @@ def test_extra_arguments_reach_the_ascent_and_the_policy():
         policy_saw.update(extra_args)
         return jnp.asarray(True), state
 
-    policy = mo.Policy(lambda params: (), decide)
-    ascent = optax.chain(spy(ascent_saw), mo.normalized_ascent(0.1))
+    policy = mo.policies.Policy(lambda params: (), decide)
+    ascent = optax.chain(spy(ascent_saw), mo.ascents.normalized(0.1))
     tx = mo.employ(policy, mo.sharpness_aware_gradient(ascent))
     jax.eval_shape(lambda p, s: one_step(tx, p, s, 0, unrelated="yes"), *start(tx))
     assert ascent_saw["unrelated"] == policy_saw["unrelated"] == "yes"
@@ -394,7 +394,7 @@ INJECTED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "unnormalized_ascent": (
         lambda rho: optax.chain(
-            mo.sharpness_aware_gradient(mo.unnormalized_ascent(rho)), sgd()
+            mo.sharpness_aware_gradient(mo.ascents.unnormalized(rho)), sgd()
         ),
         dict(),
     ),
@@ -498,10 +498,10 @@ def batch_step(tx: Any) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     "element, ascent",
     [
-        (sharpness_aware(), mo.normalized_ascent(0.2)),
+        (sharpness_aware(), mo.ascents.normalized(0.2)),
         (
-            mo.sharpness_aware_gradient(mo.adaptive_ascent(0.5, eta=0.01)),
-            mo.adaptive_ascent(0.5, eta=0.01),
+            mo.sharpness_aware_gradient(mo.ascents.adaptive(0.5, eta=0.01)),
+            mo.ascents.adaptive(0.5, eta=0.01),
         ),
     ],
     ids=["sam", "asam"],

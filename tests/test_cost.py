@@ -152,8 +152,8 @@ def test_a_fraction_f_of_employed_steps_costs_1_plus_f_gradients(tx):
 
 
 def test_never_employed_costs_nothing():
-    transform = mo.sharpness_aware_gradient(mo.normalized_ascent(RHO))
-    tx = optax.chain(mo.employ(mo.never(), transform), sgd())
+    transform = mo.sharpness_aware_gradient(mo.ascents.normalized(RHO))
+    tx = optax.chain(mo.employ(mo.policies.never(), transform), sgd())
     plain, _ = host_flops(tx)
     assert plain < 1.01 * base_cost().flops
 
@@ -235,7 +235,7 @@ def data_parallel(tx: optax.GradientTransformation, mesh: Mesh) -> jax.stages.Lo
 
 def m_sharpness(mesh: Mesh) -> jax.stages.Lowered:
     """SAM whose devices each ascend along the gradient of their own examples."""
-    sam = mo.sharpness_aware_gradient(mo.normalized_ascent(RHO))
+    sam = mo.sharpness_aware_gradient(mo.ascents.normalized(RHO))
 
     def device_gradient(params: Any, batch: Any) -> Any:
         # Varying from device to device, or each gradient would be summed over them.

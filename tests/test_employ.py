@@ -19,7 +19,7 @@ def loss(params: Any, t: Any = 0) -> Any:
 
 
 def sam(rho: Any = 0.1) -> optax.GradientTransformationExtraArgs:
-    return mo.sharpness_aware_gradient(mo.normalized_ascent(rho))
+    return mo.sharpness_aware_gradient(mo.ascents.normalized(rho))
 
 
 class Counter:
@@ -66,12 +66,12 @@ def train(
 @pytest.mark.parametrize(
     "policy, extra",
     [
-        (mo.every(3), 10),
-        (mo.every(7), 5),
-        (mo.always(), 30),
-        (mo.never(), 0),
-        (mo.between(20), 10),
-        (mo.between(5, 9), 4),
+        (mo.policies.every(3), 10),
+        (mo.policies.every(7), 5),
+        (mo.policies.always(), 30),
+        (mo.policies.never(), 0),
+        (mo.policies.between(20), 10),
+        (mo.policies.between(5, 9), 4),
     ],
     ids=["every 3", "every 7", "always", "never", "late", "phase"],
 )
@@ -101,7 +101,7 @@ def test_the_aliases_run_exactly_the_employed_extra_gradients(tx):
 
 def test_inside_scan_the_steps_not_taken_cost_nothing_either():
     counter = Counter()
-    tx = optax.chain(mo.employ(mo.every(3), sam()), optax.sgd(0.1))
+    tx = optax.chain(mo.employ(mo.policies.every(3), sam()), optax.sgd(0.1))
 
     def body(carry: Any, t: Any) -> tuple[Any, None]:
         params, state = carry
@@ -134,7 +134,7 @@ def test_inside_scan_the_steps_not_taken_cost_nothing_either():
     ids=["sam", "trace", "adam", "clip", "sam and a schedule", "noise"],
 )
 def test_every_k_is_optax_conditionally_transform_bit_for_bit(inner, k):
-    ours = optax.chain(mo.employ(mo.every(k), inner), optax.sgd(0.1))
+    ours = optax.chain(mo.employ(mo.policies.every(k), inner), optax.sgd(0.1))
     theirs = optax.chain(
         optax.conditionally_transform(inner, lambda step: step % k == 0),
         optax.sgd(0.1),
@@ -147,7 +147,7 @@ def test_every_k_is_optax_conditionally_transform_bit_for_bit(inner, k):
 
 
 def test_the_state_tells_the_last_decision():
-    tx = mo.employ(mo.every(2), sam())
+    tx = mo.employ(mo.policies.every(2), sam())
     state = tx.init(PARAMS)
     seen = []
     for _ in range(4):
@@ -160,7 +160,7 @@ def test_the_policy_sees_every_gradient_that_comes_in():
     def decide(updates, state, params, **extra_args):
         return jnp.asarray(False), state + updates["b"][0]
 
-    tx = mo.employ(mo.Policy(lambda params: jnp.zeros([]), decide), sam())
+    tx = mo.employ(mo.policies.Policy(lambda params: jnp.zeros([]), decide), sam())
     state = tx.init(PARAMS)
     for t in range(3):
         updates = jax.tree.map(lambda x, t=t: jnp.full_like(x, 10.0**t), PARAMS)
@@ -175,7 +175,7 @@ def test_the_policy_sees_every_gradient_that_comes_in():
 def test_otherwise_runs_on_the_other_steps_with_the_inner_state_as_it_was_left():
     inner = optax.trace(0.5)
     tx = mo.employ(
-        mo.every(2),
+        mo.policies.every(2),
         inner,
         otherwise=lambda updates, inner_state: optax.tree.add(
             optax.tree.scale(-1.0, updates), optax.tree.scale(100.0, inner_state.trace)
@@ -199,7 +199,7 @@ def test_employed_chooses_the_branch_and_the_state_keeps_the_decision(
     employed, decision
 ):
     counter = Counter()
-    policy = mo.always() if decision else mo.never()
+    policy = mo.policies.always() if decision else mo.policies.never()
     tx = optax.chain(mo.employ(policy, sam()), optax.sgd(0.1))
     params, state = train(tx, 3, counter, employed=employed)
     assert counter.count == (3 if employed else 0)
@@ -212,7 +212,7 @@ def test_employed_chooses_the_branch_and_the_state_keeps_the_decision(
 
 @pytest.mark.parametrize("employed", [True, False])
 def test_the_static_choice_compiles_no_cond(employed):
-    tx = mo.employ(mo.every(2), sam())
+    tx = mo.employ(mo.policies.every(2), sam())
 
     def update(state: Any) -> Any:
         return tx.update(
@@ -254,7 +254,7 @@ def test_decisions_then_static_branches_are_the_cond():
 def test_a_rho_schedule_inside_follows_the_training_steps():
     rhos = jnp.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
     transform = sam(lambda t: rhos[t])
-    tx = mo.employ(mo.every(3), transform)
+    tx = mo.employ(mo.policies.every(3), transform)
     state = tx.init(PARAMS)
     norms = []
     for t in range(7):
@@ -272,7 +272,7 @@ def test_a_rho_schedule_inside_follows_the_training_steps():
 def test_under_vmap_both_branches_run_but_the_results_are_right():
     """The documented caveat: there a cond becomes a select."""
     counter = Counter()
-    tx = mo.employ(mo.adaptive(10, lambda_1=0.5, lambda_2=0.5), sam())
+    tx = mo.employ(mo.policies.adaptive(10, lambda_1=0.5, lambda_2=0.5), sam())
     members = [jax.tree.map(lambda x, k=k: x * k, PARAMS) for k in (0.3, 1.0, 3.0)]
     # Each member has had a first gradient of its own size; only some stand out now.
     firsts = [optax.tree.scale(s, PARAMS) for s in (0.01, 10.0, 1.0)]
@@ -309,7 +309,7 @@ def test_under_vmap_both_branches_run_but_the_results_are_right():
 # --- Bad input ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", [2, None, lambda step: True, mo.every])
+@pytest.mark.parametrize("policy", [2, None, lambda step: True, mo.policies.every])
 def test_what_is_no_policy_is_refused_when_built(policy):
     with pytest.raises(ValueError, match=r"employ needs a Policy first, .*every\(2\)"):
         mo.employ(policy, sam())
@@ -317,7 +317,7 @@ def test_what_is_no_policy_is_refused_when_built(policy):
 
 @pytest.mark.parametrize("employed", [1, "yes", np.bool_(True), jnp.asarray(True)])
 def test_a_choice_that_is_not_static_is_refused(employed):
-    tx = mo.employ(mo.every(2), sam())
+    tx = mo.employ(mo.policies.every(2), sam())
     with pytest.raises(ValueError, match="employed chooses a branch while tracing"):
         tx.update(
             PARAMS,
@@ -329,12 +329,12 @@ def test_a_choice_that_is_not_static_is_refused(employed):
 
 
 def test_a_missing_grad_fn_is_asked_for_even_where_it_is_not_employed():
-    tx = mo.employ(mo.never(), sam())
+    tx = mo.employ(mo.policies.never(), sam())
     with pytest.raises(ValueError, match="needs the keyword grad_fn"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
 def test_employing_msam_is_refused():
-    tx = optax.chain(mo.employ(mo.every(2), mo.msam(0.1)))
+    tx = optax.chain(mo.employ(mo.policies.every(2), mo.msam(0.1)))
     with pytest.raises(ValueError, match="give rho a schedule"):
         tx.init(jnp.ones(3))

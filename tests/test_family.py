@@ -51,16 +51,16 @@ RARE: dict[str, Any] = dict(total_steps=40, delta=0.97, lambda_1=0.2, lambda_2=1
 GSAM_RHO: dict[str, float] = dict(rho_max=0.3, rho_min=0.05)
 
 
-def adaptive(**options: Any) -> mo.Policy:
-    return mo.adaptive(**(options or ADAPTIVE))
+def adaptive(**options: Any) -> mo.policies.Policy:
+    return mo.policies.adaptive(**(options or ADAPTIVE))
 
 
 def element(ascent: Any, combine: Any = None, **options: Any) -> Any:
     return mo.sharpness_aware_gradient(ascent, combine, **options)
 
 
-def composed(policy: mo.Policy, combine: Any = None) -> Any:
-    sharpness_aware = element(mo.normalized_ascent(ramp), combine)
+def composed(policy: mo.policies.Policy, combine: Any = None) -> Any:
+    sharpness_aware = element(mo.ascents.normalized(ramp), combine)
     return optax.chain(mo.employ(policy, sharpness_aware), decayed_sgd())
 
 
@@ -122,7 +122,7 @@ def second_order(problem: Problem, **options: Any) -> list[Tree]:
 
 
 def p_norm_sam(p: float) -> optax.GradientTransformation:
-    return optax.chain(element(mo.normalized_ascent(ramp, p)), decayed_sgd())
+    return optax.chain(element(mo.ascents.normalized(ramp, p)), decayed_sgd())
 
 
 CASES: dict[str, Case] = {
@@ -224,25 +224,25 @@ CASES: dict[str, Case] = {
     },
     "second order": Case(
         lambda: optax.chain(
-            element(mo.normalized_ascent(ramp), second_order=True), decayed_sgd()
+            element(mo.ascents.normalized(ramp), second_order=True), decayed_sgd()
         ),
         second_order,
     ),
     # Policies compose with methods and with each other.
     "late and adaptive": Case(
-        lambda: composed(mo.between(10, 40) & adaptive(**LASTING)),
+        lambda: composed(mo.policies.between(10, 40) & adaptive(**LASTING)),
         decided(lambda: family.both(phase, reference_adaptive(**LASTING))),
     ),
     "adaptive and late": Case(
-        lambda: composed(adaptive(**LASTING) & mo.between(10, 40)),
+        lambda: composed(adaptive(**LASTING) & mo.policies.between(10, 40)),
         decided(lambda: family.both(reference_adaptive(**LASTING), phase)),
     ),
     "every third or adaptive": Case(
-        lambda: composed(mo.every(3) | adaptive(**RARE)),
+        lambda: composed(mo.policies.every(3) | adaptive(**RARE)),
         decided(lambda: family.either(family.every(3), reference_adaptive(**RARE))),
     ),
     "adaptive gsam": Case(
-        lambda: composed(adaptive(), mo.surrogate_gap(0.4)),
+        lambda: composed(adaptive(), mo.combine.surrogate_gap(0.4)),
         decided(reference_adaptive, alpha=0.4),
     ),
 }
@@ -673,7 +673,7 @@ def vectors(params: Any) -> Any:
 @functools.cache
 def gaussian_draws(problem: Problem, seed: int) -> list[Tree]:
     """The unit vectors that the library draws, whatever the direction is."""
-    ascent = mo.gaussian_ascent(1.0, seed)
+    ascent = mo.ascents.gaussian(1.0, seed)
     state, draws = ascent.init(problem.params), []
     update = jax.jit(ascent.update)
     for _ in range(STEPS):
@@ -684,23 +684,23 @@ def gaussian_draws(problem: Problem, seed: int) -> list[Tree]:
 
 VARIANTS: dict[str, Variant] = {
     "unnormalised": Variant(
-        lambda: around_sgd(mo.unnormalized_ascent(0.03)),
+        lambda: around_sgd(mo.ascents.unnormalized(0.03)),
         lambda p: lambda v, w, g, t: -0.03 * v,
     ),
     "scaled by the learning rate": Variant(
-        lambda: around_sgd(mo.unnormalized_ascent(lambda t: 0.3 * lr(t))),
+        lambda: around_sgd(mo.ascents.unnormalized(lambda t: 0.3 * lr(t))),
         lambda p: lambda v, w, g, t: -0.3 * lr(t) * v,
     ),
     "layer-wise": Variant(
-        lambda: around_sgd(mo.layerwise_ascent(ramp)),
+        lambda: around_sgd(mo.ascents.layerwise(ramp)),
         lambda p: lambda v, w, g, t: -ramp(t) * layerwise_direction(v, w),
     ),
     "weight-scaled": Variant(
-        lambda: around_sgd(mo.weight_scaled_ascent(ramp)),
+        lambda: around_sgd(mo.ascents.weight_scaled(ramp)),
         lambda p: lambda v, w, g, t: -ramp(t) * weight_scaled_direction(v, w),
     ),
     "normalisation layers only": Variant(
-        lambda: around_sgd(optax.masked(mo.normalized_ascent(ramp), vectors)),
+        lambda: around_sgd(optax.masked(mo.ascents.normalized(ramp), vectors)),
         lambda p: lambda v, w, g, t: -ramp(t) * part_direction(v, small),
     ),
     "against the last gradient": Variant(
@@ -710,7 +710,7 @@ VARIANTS: dict[str, Variant] = {
         lambda: along_last_gradient(-RHO), lambda p: lambda v, w, g, t: RHO * unit(g)
     ),
     "gaussian": Variant(
-        lambda: around_sgd(mo.gaussian_ascent(ramp, seed=3)),
+        lambda: around_sgd(mo.ascents.gaussian(ramp, seed=3)),
         lambda p: lambda v, w, g, t: -ramp(t) * gaussian_draws(p, 3)[t],
     ),
 }
@@ -837,7 +837,7 @@ def test_wrong_variants_of_msam_are_far_away(name, wrong, problem):
 def test_msam_scaled_by_learning_rate_and_momentum_is_nesterov(problem):
     nesterov = run(optax.sgd(0.05, MU, nesterov=True), problem).params
     tx = mo.momentum_perturbation(
-        optax.sgd(0.05, MU), ascent=mo.unnormalized_ascent(lambda t: MU * 0.05)
+        optax.sgd(0.05, MU), ascent=mo.ascents.unnormalized(lambda t: MU * 0.05)
     )
     assert distance(run(tx, problem).params, nesterov) < 1e-12
 
@@ -957,7 +957,7 @@ def drawn_masks(
     samples: Samples, beta: float, seed: int, by_coordinate: bool, steps: int = STEPS
 ) -> list[Tree]:
     """What takes part in the library's ascent, step by step."""
-    ascent = mo.stochastic_ascent(1.0, beta, seed, by_coordinate)
+    ascent = mo.ascents.stochastic(1.0, beta, seed, by_coordinate)
     ones = jax.tree.map(lambda x: jnp.ones(x.shape), samples.params)
     state, masks = ascent.init(ones), []
     update = jax.jit(ascent.update)
@@ -1090,24 +1090,26 @@ def test_each_weight_takes_part_with_probability_beta(by_coordinate, draws):
 
 
 def sam(rho: Any = ramp) -> Any:
-    return optax.chain(element(mo.normalized_ascent(rho)), decayed_sgd())
+    return optax.chain(element(mo.ascents.normalized(rho)), decayed_sgd())
 
 
-def looking(policy: mo.Policy, alpha: float = 0.7) -> Any:
+def looking(policy: mo.policies.Policy, alpha: float = 0.7) -> Any:
     """LookSAM with a policy of one's own."""
-    remembered = mo.remembered_gradient(mo.normalized_ascent(ramp))
-    return optax.chain(mo.employ(policy, remembered, mo.reuse(alpha)), decayed_sgd())
+    remembered = mo.remembered_gradient(mo.ascents.normalized(ramp))
+    return optax.chain(
+        mo.employ(policy, remembered, mo.reuse_remembered(alpha)), decayed_sgd()
+    )
 
 
 IDENTITIES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "looksam alpha=0 is SAM on every k-th step": (
         lambda: mo.looksam(decayed_sgd(), ramp, k=4, alpha=0.0),
-        lambda: composed(mo.every(4)),
+        lambda: composed(mo.policies.every(4)),
     ),
     "looksam k=1 is SAM": (lambda: mo.looksam(decayed_sgd(), ramp, k=1), sam),
     "looksam is its blocks": (
         lambda: mo.looksam(decayed_sgd(), ramp),
-        lambda: looking(mo.every(5)),
+        lambda: looking(mo.policies.every(5)),
     ),
     "ae_looksam is its blocks": (
         lambda: mo.ae_looksam(decayed_sgd(), ramp, **ADAPTIVE),
@@ -1118,8 +1120,8 @@ IDENTITIES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         lambda: mo.ae_looksam(decayed_sgd(), ramp, **ADAPTIVE),
     ),
     "before the first refresh reuse is the plain gradient": (
-        lambda: looking(mo.between(25)),
-        lambda: composed(mo.between(25)),
+        lambda: looking(mo.policies.between(25)),
+        lambda: composed(mo.policies.between(25)),
     ),
     "gsam alpha=0 is SAM": (lambda: mo.gsam(decayed_sgd(), ramp, alpha=0.0), sam),
     "gradient_norm_penalty alpha=1 is SAM": (
@@ -1153,12 +1155,12 @@ IDENTITIES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     ),
     "second order without rho is SGD": (
         lambda: optax.chain(
-            element(mo.normalized_ascent(0.0), second_order=True), decayed_sgd()
+            element(mo.ascents.normalized(0.0), second_order=True), decayed_sgd()
         ),
         decayed_sgd,
     ),
     "employ(always(), gsam) is gsam": (
-        lambda: composed(mo.always(), mo.surrogate_gap(0.4)),
+        lambda: composed(mo.policies.always(), mo.combine.surrogate_gap(0.4)),
         lambda: mo.gsam(decayed_sgd(), ramp, alpha=0.4),
     ),
 }
@@ -1188,14 +1190,14 @@ def test_esam_of_all_weights_and_all_samples_is_sam(samples):
 def test_the_radius_of_a_p_norm_is_rho():
     direction = quadratic().params
     for p in (1, 1.5, 2, 3, math.inf):
-        ascent = mo.normalized_ascent(0.3, p)
+        ascent = mo.ascents.normalized(0.3, p)
         epsilon = jax.jit(ascent.update)(direction, ascent.init(direction))[0]
         flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(epsilon)])
         assert np.linalg.norm(flat, p) == pytest.approx(0.3, rel=1e-12)
 
 
 def test_p_1_finds_the_largest_entry_of_any_direction_under_jit():
-    ascent = mo.normalized_ascent(0.5, p=1)
+    ascent = mo.ascents.normalized(0.5, p=1)
     update = jax.jit(lambda g: ascent.update(g, ascent.init(g))[0])
     directions = np.random.default_rng(0).normal(size=(200, 7)).astype(np.float32)
     directions[:, 0] += 4 * np.sign(directions[:, 0])
@@ -1270,7 +1272,7 @@ STATES: dict[str, tuple[Callable[[], Any], int, int]] = {
     "friendly_sam": (lambda: mo.friendly_sam(sgd()), 1, 2),
     "friendly_sam, rho schedule": (lambda: mo.friendly_sam(sgd(), ramp), 1, 3),
     "fisher_sam": (lambda: mo.fisher_sam(sgd()), 0, 1),
-    "msam, unnormalised": (lambda: around_sgd(mo.unnormalized_ascent(0.1)), 1, 1),
+    "msam, unnormalised": (lambda: around_sgd(mo.ascents.unnormalized(0.1)), 1, 1),
     "msam, last gradient": (lambda: along_last_gradient(0.1), 2, 1),
 }
 
@@ -1340,11 +1342,11 @@ def test_esam_costs_less_than_sam():
 # --- m-sharpness: every shard of the batch has its own ascent -------------------------
 
 M_TRANSFORMS: dict[str, Callable[[], Any]] = {
-    "sam": lambda: element(mo.normalized_ascent(0.3)),
+    "sam": lambda: element(mo.ascents.normalized(0.3)),
     "gsam, rho schedule": lambda: element(
-        mo.normalized_ascent(ramp), mo.surrogate_gap(0.4)
+        mo.ascents.normalized(ramp), mo.combine.surrogate_gap(0.4)
     ),
-    "friendly": lambda: element(mo.friendly_ascent(0.3, decay=0.6)),
+    "friendly": lambda: element(mo.ascents.friendly(0.3, decay=0.6)),
 }
 
 
@@ -1415,7 +1417,7 @@ def test_m_sharpness_of_sam_is_its_formula_and_not_that_of_the_whole_batch(sampl
         return total / len(parts)
 
     everything = np.arange(BATCH)
-    transform = element(mo.normalized_ascent(0.3))
+    transform = element(mo.ascents.normalized(0.3))
     whole = [mean(t, [everything]) for t in range(4)]
     fifths = [mean(t, np.split(everything, 5)) for t in range(4)]
     interleaved = [mean(t, [everything[i::5] for i in range(5)]) for t in range(4)]
@@ -1442,7 +1444,7 @@ batch = jax.random.normal(jax.random.key(0), (16, 3))
 grad = jax.grad(
     lambda p, x: jnp.mean(jnp.cos(x @ p["kernel"] + p["bias"]) ** 2)
 )
-sam = mo.sharpness_aware_gradient(mo.normalized_ascent(0.3))
+sam = mo.sharpness_aware_gradient(mo.ascents.normalized(0.3))
 state = sam.init(params)
 
 
@@ -1511,7 +1513,7 @@ def per_example(params: Any, indices: Any = None) -> jax.Array:
 
 def select(gamma: float = 0.5, **given: Any) -> Any:
     """An update of ESAM's element with some of its arguments replaced."""
-    tx = mo.selected_gradient(mo.normalized_ascent(0.1), gamma)
+    tx = mo.selected_gradient(mo.ascents.normalized(0.1), gamma)
     arguments = {
         "per_example_losses": per_example(P),
         "per_example_loss_fn": per_example,
@@ -1535,7 +1537,7 @@ def scalar_step() -> Any:
 
 
 def sharded(shards: Any) -> Any:
-    sharded = mo.m_sharpness(element(mo.normalized_ascent(0.1)), shards)
+    sharded = mo.m_sharpness(element(mo.ascents.normalized(0.1)), shards)
     return sharded.gradient(
         jax.grad(lambda p, x: jnp.mean(x @ p["w"])),
         sharded.init(P),
@@ -1554,7 +1556,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         for value in (0.0, -0.5, 1.1, math.nan, math.inf)
     },
     "gamma is text": (
-        lambda: mo.selected_gradient(mo.normalized_ascent(0.1), "half"),  # type: ignore[arg-type]
+        lambda: mo.selected_gradient(mo.ascents.normalized(0.1), "half"),  # type: ignore[arg-type]
         "gamma must be one finite real number .* but 'half' was given",
     ),
     "looksam k=0": (
@@ -1603,7 +1605,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "fisher eta": (lambda: mo.fisher_sam(sgd(), eta=-1.0), "eta must be .* -1.0"),
     **{
         f"p={p}": (
-            functools.partial(mo.normalized_ascent, 0.1, p),
+            functools.partial(mo.ascents.normalized, 0.1, p),
             rf"p must be a Python number in \[1, inf\], but {p} was given",
         )
         for p in (0.9, 0, -2, math.nan)

@@ -76,7 +76,7 @@ def test_a_perturbed_gradient_that_is_not_finite_moves_no_weight(name):
 
 
 def test_a_shard_that_is_not_finite_stays_out_of_the_weights_and_the_other_shards():
-    ascent = mo.friendly_ascent(0.1)
+    ascent = mo.ascents.friendly(0.1)
     sharded = mo.m_sharpness(mo.sharpness_aware_gradient(ascent), shards=2)
     base = optax.apply_if_finite(sgd(), 9)
     p = jnp.ones(3)
@@ -272,7 +272,7 @@ def rms(x: np.ndarray) -> float:
         mo.msam(1e-3, rho=wave),
         mo.momentum_perturbation(optax.sgd(1e-3, momentum=0.9), 0.3),
         mo.momentum_perturbation(
-            optax.sgd(1e-3, momentum=0.9), ascent=mo.normalized_ascent(wave)
+            optax.sgd(1e-3, momentum=0.9), ascent=mo.ascents.normalized(wave)
         ),
     ],
     ids=["msam", "msam, changing rho", "around sgd", "stored, changing rho"],
@@ -289,7 +289,7 @@ def test_ten_thousand_steps_of_msam_do_not_drift(tx):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_gradient_that_is_not_finite_stays_out_of_friendly_sams_mean(first):
-    ascent = mo.friendly_ascent(0.1)
+    ascent = mo.ascents.friendly(0.1)
     broken, gradient = jnp.array([jnp.nan, 1.0]), jnp.array([3.0, 4.0])
     state = ascent.init(gradient)
     if not first:

@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 
 import msam_optax
-from msam_optax.flax_linen import LinenTrainState, init_linen, linen_loss
-from msam_optax.flax_nnx import eval_model, init_nnx, nnx_loss, nnx_update
+from msam_optax.flax.linen import LinenTrainState, init_linen, linen_loss
+from msam_optax.flax.nnx import eval_model, init_nnx, nnx_loss, nnx_update
 
 WIDTH, STEPS = 8, 6
 OPTIMIZERS = {

@@ -1,4 +1,4 @@
-"""Tests of landscape.py: closed forms, orientation, weights, precision, errors."""
+"""The losses on lines and planes: closed forms, orientation, weights, errors."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import problems
 import pytest
 
 from msam_optax import sharpness
-from msam_optax.landscape import loss_on_line, loss_on_plane
+from msam_optax.sharpness import loss_on_line, loss_on_plane
 
 MATRIX = problems.quadratic_matrix()
 DISTANCES = np.array([-2.0, -0.5, 0.0, 0.3, 4.0])

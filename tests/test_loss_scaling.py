@@ -28,7 +28,7 @@ OPTIMIZERS = {
     "sam": msam_optax.sam(SGD, rho=0.1),
     "ss_sam": msam_optax.ss_sam(SGD, rho=0.1),
     "unnormalized": optax.chain(
-        msam_optax.sharpness_aware_gradient(msam_optax.unnormalized_ascent(0.1)), SGD
+        msam_optax.sharpness_aware_gradient(msam_optax.ascents.unnormalized(0.1)), SGD
     ),
 }
 SKIPPING = LossScaling(1.0, factor=1.0)
@@ -156,7 +156,7 @@ def test_an_infinity_that_the_updates_do_not_show_is_skipped(kind):
         "MultiSteps": optax.MultiSteps(SGD, 2).gradient_transformation(),
         "lion": optax.lion(0.1),
     }[kind]
-    ascent = msam_optax.sharpness_aware_gradient(msam_optax.normalized_ascent(1e20))
+    ascent = msam_optax.sharpness_aware_gradient(msam_optax.ascents.normalized(1e20))
     batches = [jnp.float32(1.0), jnp.float32(0.0), jnp.float32(0.0)]
     state, _ = train(
         steep, optax.chain(ascent, base), jnp.ones(3), batches[:1], SKIPPING
@@ -256,18 +256,19 @@ def test_a_scale_without_its_state_or_a_state_without_scale_is_named(given):
 
 
 @pytest.mark.parametrize(
-    "scaling",
+    "senseless",
     [
-        LossScaling(0.5),
-        LossScaling(jnp.inf),
-        LossScaling(factor=0.5),
-        LossScaling(growth_interval=0),
-        LossScaling(minimum=0.0),
+        dict(initial=0.5),
+        dict(initial=-1.0),
+        dict(initial=jnp.inf),
+        dict(factor=0.5),
+        dict(growth_interval=0),
+        dict(minimum=0.0),
     ],
 )
-def test_a_senseless_scaling_is_named(scaling):
+def test_a_senseless_scaling_is_refused_when_it_is_built(senseless):
     with pytest.raises(ValueError, match="must be"):
-        scaling.init()
+        LossScaling(**senseless)
 
 
 def test_only_a_loss_scaling_will_do():

@@ -346,13 +346,13 @@ def test_momentum_fn_says_where_the_momentum_is(base, momentum_fn):
 )
 def test_rho_means_the_normalized_ascent(base, rho):
     by_rho = mo.momentum_perturbation(base(), rho)
-    by_ascent = mo.momentum_perturbation(base(), ascent=mo.normalized_ascent(rho))
+    by_ascent = mo.momentum_perturbation(base(), ascent=mo.ascents.normalized(rho))
     assert distance(clean_run(by_rho, mlp()), clean_run(by_ascent, mlp())) < 1e-12
 
 
 @x64
 def test_an_adaptive_ascent_scales_with_the_clean_weights():
-    ascent = mo.adaptive_ascent(RHO, eta=0.01)
+    ascent = mo.ascents.adaptive(RHO, eta=0.01)
     tx = mo.momentum_perturbation(sgd(), ascent=ascent)
     problem = mlp()
     w = jax.tree.map(jnp.asarray, problem.params)
@@ -376,7 +376,7 @@ def test_an_adaptive_ascent_scales_with_the_clean_weights():
 
 @x64
 def test_what_a_masked_ascent_masks_out_is_not_perturbed():
-    ascent = optax.masked(mo.normalized_ascent(RHO), kernels)
+    ascent = optax.masked(mo.ascents.normalized(RHO), kernels)
     tx = mo.momentum_perturbation(sgd(), ascent=ascent)
 
     def difference(state: Any, params: Any) -> Any:
@@ -393,7 +393,7 @@ def test_what_a_masked_ascent_masks_out_is_not_perturbed():
 def test_a_prefix_mask_of_an_ascent_keeps_a_whole_layer_unperturbed():
     mask = {"hidden": False, "output": True}
     tx = mo.momentum_perturbation(
-        sgd(), ascent=optax.masked(mo.normalized_ascent(RHO), mask)
+        sgd(), ascent=optax.masked(mo.ascents.normalized(RHO), mask)
     )
     _, observed = run(
         tx,
@@ -419,7 +419,7 @@ def test_unnormalised_with_rho_of_learning_rate_times_momentum_is_nesterov():
             iterates.append(w)
         return iterates
 
-    tx = mo.momentum_perturbation(sgd(), ascent=mo.unnormalized_ascent(LR * MU))
+    tx = mo.momentum_perturbation(sgd(), ascent=mo.ascents.unnormalized(LR * MU))
     for problem in (mlp(), quadratic()):
         found = clean_run(tx, problem)
         for w, expected in zip(found, nesterov_by_its_definition(problem), strict=True):
@@ -451,7 +451,7 @@ def bouncing(t: Any) -> Any:
         ),
         (
             lambda: mo.momentum_perturbation(
-                sgd(), ascent=mo.normalized_ascent(bouncing)
+                sgd(), ascent=mo.ascents.normalized(bouncing)
             ),
             sgd,
             lambda s: s[0].trace,
@@ -496,7 +496,7 @@ def test_a_state_taken_over_with_another_rho_keeps_the_clean_weights(alias, new_
         mo.msam(LR, rho=ramp),
         mo.adamw_msam(LR, rho=RHO),
         mo.momentum_perturbation(optax.lion(LR), RHO),
-        mo.momentum_perturbation(sgd(), ascent=mo.adaptive_ascent(RHO, 0.01)),
+        mo.momentum_perturbation(sgd(), ascent=mo.ascents.adaptive(RHO, 0.01)),
     ],
     ids=["msam", "msam with a schedule", "adamw_msam", "around lion", "an ascent"],
 )
@@ -572,7 +572,7 @@ PAIRS: dict[str, tuple[Any, Any]] = {
     ),
     "an ascent": (
         lambda: mo.momentum_perturbation(
-            optax.sgd(0.01, MU), ascent=mo.normalized_ascent(RHO)
+            optax.sgd(0.01, MU), ascent=mo.ascents.normalized(RHO)
         ),
         lambda: optax.sgd(0.01, MU),
     ),
@@ -670,9 +670,9 @@ def test_an_optimizer_without_momentum_is_named():
     with raises("No momentum .* trace and mu .* momentum_fn"):
         mo.momentum_perturbation(optax.sgd(0.1), RHO).init(mlp().params)
     with raises("No momentum"):
-        mo.momentum_perturbation(optax.sgd(0.1), ascent=mo.normalized_ascent(RHO)).init(
-            mlp().params
-        )
+        mo.momentum_perturbation(
+            optax.sgd(0.1), ascent=mo.ascents.normalized(RHO)
+        ).init(mlp().params)
 
 
 def test_several_momenta_are_named():
@@ -682,7 +682,7 @@ def test_several_momenta_are_named():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rho": RHO, "ascent": mo.normalized_ascent(RHO)}]
+    "options", [{}, {"rho": RHO, "ascent": mo.ascents.normalized(RHO)}]
 )
 def test_either_rho_or_an_ascent_is_needed(options):
     with raises("either rho or an ascent, but rho="):
@@ -716,7 +716,7 @@ def test_a_momentum_that_is_no_number_is_refused_when_built(factory, decay):
     [
         mo.msam(LR),
         mo.adamw_msam(LR),
-        mo.momentum_perturbation(sgd(), ascent=mo.normalized_ascent(RHO)),
+        mo.momentum_perturbation(sgd(), ascent=mo.ascents.normalized(RHO)),
     ],
 )
 def test_missing_params_are_asked_for(tx):
@@ -741,7 +741,7 @@ def test_eval_params_refuses_the_state_of_other_parameters():
     for other in ({"w": jnp.ones(3)}, {"v": jnp.ones(2)}, {}, [jnp.ones(2)]):
         with raises("does not belong to these parameters"):
             mo.eval_params(msam_state(params), other)
-        stored = mo.momentum_perturbation(sgd(), ascent=mo.normalized_ascent(RHO))
+        stored = mo.momentum_perturbation(sgd(), ascent=mo.ascents.normalized(RHO))
         with raises("does not belong to these parameters"):
             mo.eval_params(stored.init(params), other)
 

@@ -22,7 +22,10 @@ PARAMS = {"a": np.ones(3), "b": np.ones(())}
 
 
 def decisions_of(
-    policy: mo.Policy, gradients: Any = None, steps: int = 12, params: Any = PARAMS
+    policy: mo.policies.Policy,
+    gradients: Any = None,
+    steps: int = 12,
+    params: Any = PARAMS,
 ) -> tuple[list[bool], Any]:
     """The decisions on a sequence of gradients, and the last state."""
     if gradients is None:
@@ -44,19 +47,19 @@ def decisions_of(
 @pytest.mark.parametrize(
     "policy, steps",
     [
-        (mo.always(), range(12)),
-        (mo.never(), []),
-        (mo.every(1), range(12)),
-        (mo.every(2), range(0, 12, 2)),
-        (mo.every(5), [0, 5, 10]),
-        (mo.every(100), [0]),
-        (mo.between(3), range(3, 12)),
-        (mo.between(3, 6), [3, 4, 5]),
-        (mo.between(0, 2), [0, 1]),
-        (mo.bernoulli(1.0), range(12)),
-        (mo.bernoulli(0.0), []),
+        (mo.policies.always(), range(12)),
+        (mo.policies.never(), []),
+        (mo.policies.every(1), range(12)),
+        (mo.policies.every(2), range(0, 12, 2)),
+        (mo.policies.every(5), [0, 5, 10]),
+        (mo.policies.every(100), [0]),
+        (mo.policies.between(3), range(3, 12)),
+        (mo.policies.between(3, 6), [3, 4, 5]),
+        (mo.policies.between(0, 2), [0, 1]),
+        (mo.policies.bernoulli(1.0), range(12)),
+        (mo.policies.bernoulli(0.0), []),
     ],
-    ids=lambda x: None if isinstance(x, mo.Policy) else str(list(x)),
+    ids=lambda x: None if isinstance(x, mo.policies.Policy) else str(list(x)),
 )
 def test_the_steps_employed(policy, steps):
     decisions, state = decisions_of(policy)
@@ -68,7 +71,7 @@ def test_the_steps_employed(policy, steps):
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 def test_bernoulli_draws_with_its_probability_independently(probability):
     n = 4000
-    drawn = np.array(decisions_of(mo.bernoulli(probability), steps=n)[0])
+    drawn = np.array(decisions_of(mo.policies.bernoulli(probability), steps=n)[0])
     variance = probability * (1 - probability)
     assert abs(drawn.mean() - probability) < 4 * math.sqrt(variance / n)
     correlation = np.mean((drawn[1:] - probability) * (drawn[:-1] - probability))
@@ -77,17 +80,17 @@ def test_bernoulli_draws_with_its_probability_independently(probability):
 
 def test_bernoulli_draws_by_seed_and_step_alone():
     others = jax.tree.map(lambda x: jnp.full((50, *x.shape), 7.0), PARAMS)
-    drawn = decisions_of(mo.bernoulli(0.5, seed=3), steps=50)[0]
-    assert decisions_of(mo.bernoulli(0.5, seed=3), others)[0] == drawn
-    assert decisions_of(mo.bernoulli(0.5, seed=4), steps=50)[0] != drawn
-    assert decisions_of(mo.bernoulli(0.5), steps=50)[0] != drawn
+    drawn = decisions_of(mo.policies.bernoulli(0.5, seed=3), steps=50)[0]
+    assert decisions_of(mo.policies.bernoulli(0.5, seed=3), others)[0] == drawn
+    assert decisions_of(mo.policies.bernoulli(0.5, seed=4), steps=50)[0] != drawn
+    assert decisions_of(mo.policies.bernoulli(0.5), steps=50)[0] != drawn
 
 
 def test_bernoulli_resumed_in_the_middle_continues_its_sequence():
-    policy = mo.bernoulli(0.5, seed=3)
+    policy = mo.policies.bernoulli(0.5, seed=3)
     drawn = decisions_of(policy, steps=50)[0]
     _, middle = decisions_of(policy, steps=20)
-    resumed = mo.Policy(lambda params: middle, policy.decide)
+    resumed = mo.policies.Policy(lambda params: middle, policy.decide)
     assert decisions_of(resumed, steps=30)[0] == drawn[20:]
 
 
@@ -149,7 +152,7 @@ NORMS: dict[str, Any] = {
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("norms", NORMS)
 def test_adaptive_is_its_recursion(norms, setting):
-    policy = mo.adaptive(**SETTINGS[setting])
+    policy = mo.policies.adaptive(**SETTINGS[setting])
     found, state = decisions_of(policy, gradients_of(NORMS[norms]))
     expected, mean, variance = adaptive_recursion(
         (NORMS[norms] ** 2).tolist(), **SETTINGS[setting]
@@ -164,7 +167,7 @@ def test_adaptive_is_its_recursion(norms, setting):
 @x64
 def test_adaptive_starts_from_the_statistics_it_is_given():
     start = dict(initial_mean=3.0, initial_variance=0.25)
-    policy = mo.adaptive(total_steps=60, **start)
+    policy = mo.policies.adaptive(total_steps=60, **start)
     found, state = decisions_of(policy, gradients_of(noise))
     expected, mean, _ = adaptive_recursion(
         (noise**2).tolist(), 60, mean=3.0, variance=0.25
@@ -189,7 +192,9 @@ def test_adaptive_starts_from_the_statistics_it_is_given():
 def test_gradients_that_are_not_finite_neither_employ_nor_enter(bad, value):
     norms = noise[:20].copy()
     norms[bad] = value
-    found, state = decisions_of(mo.adaptive(total_steps=20), gradients_of(norms))
+    found, state = decisions_of(
+        mo.policies.adaptive(total_steps=20), gradients_of(norms)
+    )
     expected, mean, variance = adaptive_recursion((norms**2).tolist(), 20)
     assert found == expected
     assert not any(found[t] for t in bad)
@@ -201,7 +206,9 @@ def test_gradients_that_are_not_finite_neither_employ_nor_enter(bad, value):
 def test_a_norm_whose_square_overflows_does_not_poison_the_statistics(huge):
     # In float32 already the square of 1e20, and the squared deviation of 1e10's square.
     norms = np.where(np.arange(60) == 4, huge, noise)
-    found, state = decisions_of(mo.adaptive(total_steps=60), gradients_of(norms))
+    found, state = decisions_of(
+        mo.policies.adaptive(total_steps=60), gradients_of(norms)
+    )
     chex.assert_tree_all_finite(state)
     if huge > 1e10:
         expected, mean, _ = adaptive_recursion(
@@ -212,7 +219,7 @@ def test_a_norm_whose_square_overflows_does_not_poison_the_statistics(huge):
 
 
 def test_adaptive_employs_more_often_in_the_end_with_the_defaults():
-    found, _ = decisions_of(mo.adaptive(total_steps=60), gradients_of(noise))
+    found, _ = decisions_of(mo.policies.adaptive(total_steps=60), gradients_of(noise))
     assert sum(found[40:]) > sum(found[:20])
 
 
@@ -221,7 +228,9 @@ def test_adaptive_sums_half_precision_gradients_in_single_precision(dtype):
     # 10,000 squares of 100: infinite in float16, and stuck in bfloat16.
     params = {"w": jnp.ones(10_000, dtype)}
     gradient = {"w": jnp.full((1, 10_000), 100, dtype)}
-    _, state = decisions_of(mo.adaptive(total_steps=10), gradient, params=params)
+    _, state = decisions_of(
+        mo.policies.adaptive(total_steps=10), gradient, params=params
+    )
     np.testing.assert_allclose(state.mean, 0.1 * 1e8, rtol=1e-5)
     chex.assert_type([state.mean, state.variance], jnp.float32)
 
@@ -232,10 +241,10 @@ def test_adaptive_sums_half_precision_gradients_in_single_precision(dtype):
 @pytest.mark.parametrize(
     "policy, steps",
     [
-        (mo.every(2) & mo.between(3), [4, 6, 8, 10]),
-        (mo.every(5) | mo.between(3, 5), [0, 3, 4, 5, 10]),
-        (mo.always() & mo.never(), []),
-        (mo.never() | mo.every(6), [0, 6]),
+        (mo.policies.every(2) & mo.policies.between(3), [4, 6, 8, 10]),
+        (mo.policies.every(5) | mo.policies.between(3, 5), [0, 3, 4, 5, 10]),
+        (mo.policies.always() & mo.policies.never(), []),
+        (mo.policies.never() | mo.policies.every(6), [0, 6]),
     ],
     ids=["every and late", "every or phase", "contradiction", "or never"],
 )
@@ -246,22 +255,22 @@ def test_two_policies_combine(policy, steps):
 
 @x64
 def test_a_combined_adaptive_policy_sees_the_gradients_that_the_other_rules_out():
-    combined = mo.between(30) & mo.adaptive(60)
+    combined = mo.policies.between(30) & mo.policies.adaptive(60)
     found, _ = decisions_of(combined, gradients_of(noise))
-    alone, _ = decisions_of(mo.adaptive(60), gradients_of(noise))
+    alone, _ = decisions_of(mo.policies.adaptive(60), gradients_of(noise))
     assert found == [False] * 30 + alone[30:]
 
 
 # --- Policies in general --------------------------------------------------------------
 
 POLICIES = {
-    "always": mo.always(),
-    "never": mo.never(),
-    "every": mo.every(3),
-    "between": mo.between(3),
-    "bernoulli": mo.bernoulli(0.5),
-    "adaptive": mo.adaptive(10),
-    "combined": mo.every(2) | mo.adaptive(10),
+    "always": mo.policies.always(),
+    "never": mo.policies.never(),
+    "every": mo.policies.every(3),
+    "between": mo.policies.between(3),
+    "bernoulli": mo.policies.bernoulli(0.5),
+    "adaptive": mo.policies.adaptive(10),
+    "combined": mo.policies.every(2) | mo.policies.adaptive(10),
 }
 
 
@@ -276,7 +285,7 @@ def test_the_state_keeps_its_dtypes_under_scan(name, dtype):
         )
 
 
-def decisions_of_traced(policy: mo.Policy, params: Any) -> Any:
+def decisions_of_traced(policy: mo.policies.Policy, params: Any) -> Any:
     return jax.lax.scan(
         lambda state, _: policy.decide(params, state, params)[::-1],
         policy.init(params),
@@ -291,33 +300,42 @@ def decisions_of_traced(policy: mo.Policy, params: Any) -> Any:
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: mo.every(0), r"k must be one finite real number in \[1, inf\]"),
-        (lambda: mo.every(-3), "k must be .* but -3 was given"),
-        (lambda: mo.every(2.0), "k must be an integer, but 2.0"),  # type: ignore[arg-type]
-        (lambda: mo.every("2"), "k must be .* but '2'"),  # type: ignore[arg-type]
-        (lambda: mo.every(True), "k must be .* but True"),
-        (lambda: mo.every(None), "k must be .* but None"),  # type: ignore[arg-type]
-        (lambda: mo.between(-1), "start must be"),
-        (lambda: mo.between(1.5), "start must be an integer"),  # type: ignore[arg-type]
-        (lambda: mo.between(0, -1), "stop must be"),
-        (lambda: mo.between(0, math.inf), "stop must be"),  # type: ignore[arg-type]
-        (lambda: mo.bernoulli(-0.1), r"probability must be .* in \[0, 1\]"),
-        (lambda: mo.bernoulli(1.1), r"probability must be .* in \[0, 1\]"),
-        (lambda: mo.bernoulli(math.nan), "probability must be"),
-        (lambda: mo.bernoulli("0.5"), "probability must be"),  # type: ignore[arg-type]
-        (lambda: mo.bernoulli(0.5, 1.5), "seed must be an integer"),  # type: ignore[arg-type]
-        (lambda: mo.bernoulli(0.5, -1), "seed must be"),
-        (lambda: mo.adaptive(0), "total_steps must be"),
-        (lambda: mo.adaptive(10.0), "total_steps must be an integer"),  # type: ignore[arg-type]
-        (lambda: mo.adaptive(math.nan), "total_steps must be"),  # type: ignore[arg-type]
-        (lambda: mo.adaptive(10, delta=1.0), r"delta must .*\[0, 1\)"),
-        (lambda: mo.adaptive(10, delta=-0.1), "delta must be"),
-        (lambda: mo.adaptive(10, delta=1.5), "delta must be"),
-        (lambda: mo.adaptive(10, delta=math.nan), "delta must be"),
-        (lambda: mo.adaptive(10, lambda_1=math.inf), "lambda_1 must be"),
-        (lambda: mo.adaptive(10, lambda_2="1"), "lambda_2 must be"),  # type: ignore[arg-type]
-        (lambda: mo.adaptive(10, initial_mean=math.nan), "initial_mean must be"),
-        (lambda: mo.adaptive(10, initial_variance=-1.0), "initial_variance must be"),
+        (
+            lambda: mo.policies.every(0),
+            r"k must be one finite real number in \[1, inf\]",
+        ),
+        (lambda: mo.policies.every(-3), "k must be .* but -3 was given"),
+        (lambda: mo.policies.every(2.0), "k must be an integer, but 2.0"),  # type: ignore[arg-type]
+        (lambda: mo.policies.every("2"), "k must be .* but '2'"),  # type: ignore[arg-type]
+        (lambda: mo.policies.every(True), "k must be .* but True"),
+        (lambda: mo.policies.every(None), "k must be .* but None"),  # type: ignore[arg-type]
+        (lambda: mo.policies.between(-1), "start must be"),
+        (lambda: mo.policies.between(1.5), "start must be an integer"),  # type: ignore[arg-type]
+        (lambda: mo.policies.between(0, -1), "stop must be"),
+        (lambda: mo.policies.between(0, math.inf), "stop must be"),  # type: ignore[arg-type]
+        (lambda: mo.policies.bernoulli(-0.1), r"probability must be .* in \[0, 1\]"),
+        (lambda: mo.policies.bernoulli(1.1), r"probability must be .* in \[0, 1\]"),
+        (lambda: mo.policies.bernoulli(math.nan), "probability must be"),
+        (lambda: mo.policies.bernoulli("0.5"), "probability must be"),  # type: ignore[arg-type]
+        (lambda: mo.policies.bernoulli(0.5, 1.5), "seed must be an integer"),  # type: ignore[arg-type]
+        (lambda: mo.policies.bernoulli(0.5, -1), "seed must be"),
+        (lambda: mo.policies.adaptive(0), "total_steps must be"),
+        (lambda: mo.policies.adaptive(10.0), "total_steps must be an integer"),  # type: ignore[arg-type]
+        (lambda: mo.policies.adaptive(math.nan), "total_steps must be"),  # type: ignore[arg-type]
+        (lambda: mo.policies.adaptive(10, delta=1.0), r"delta must .*\[0, 1\)"),
+        (lambda: mo.policies.adaptive(10, delta=-0.1), "delta must be"),
+        (lambda: mo.policies.adaptive(10, delta=1.5), "delta must be"),
+        (lambda: mo.policies.adaptive(10, delta=math.nan), "delta must be"),
+        (lambda: mo.policies.adaptive(10, lambda_1=math.inf), "lambda_1 must be"),
+        (lambda: mo.policies.adaptive(10, lambda_2="1"), "lambda_2 must be"),  # type: ignore[arg-type]
+        (
+            lambda: mo.policies.adaptive(10, initial_mean=math.nan),
+            "initial_mean must be",
+        ),
+        (
+            lambda: mo.policies.adaptive(10, initial_variance=-1.0),
+            "initial_variance must be",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_when_built(build, message):
@@ -344,9 +362,9 @@ def test_the_aliases_refuse_them_likewise(build, message):
 
 def test_an_empty_phase_is_refused():
     with pytest.raises(ValueError, match="start=5 and stop=5 were given"):
-        mo.between(5, 5)
+        mo.policies.between(5, 5)
 
 
 def test_policies_are_not_joined_by_and():
     with pytest.raises(ValueError, match="Join policies by & and"):
-        _ = mo.always() and mo.every(2)
+        _ = mo.policies.always() and mo.policies.every(2)

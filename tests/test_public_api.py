@@ -1,6 +1,7 @@
 """Names, imports and docstrings: what a user may rely on, and who imports whom."""
 
 import ast
+import dataclasses
 import doctest
 import functools
 import inspect
@@ -17,10 +18,12 @@ import msam_optax as mo
 
 PACKAGE = pathlib.Path(mo.__file__).parent
 ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 PUBLIC: dict[str, list[str]] = {
     "aliases": ["adamw_msam", "ae_sam", "asam", "msam", "sam", "ss_sam"],
-    "ascents": ["adaptive_ascent", "normalized_ascent", "unnormalized_ascent"],
+    "ascents": ["ascents.adaptive", "ascents.normalized", "ascents.unnormalized"],
+    "combine": ["combine.interpolate", "combine.surrogate_gap"],
     "blocks": [
         "employ",
         "eval_params",
@@ -28,37 +31,51 @@ PUBLIC: dict[str, list[str]] = {
         "sharpness_aware_gradient",
     ],
     "policies": [
-        "Policy",
-        "adaptive",
-        "always",
-        "bernoulli",
-        "between",
-        "every",
-        "never",
+        "policies.Policy",
+        "policies.adaptive",
+        "policies.always",
+        "policies.bernoulli",
+        "policies.between",
+        "policies.every",
+        "policies.never",
     ],
     "training": ["StepMetrics", "TrainState", "make_train_step"],
     "states": [
-        "AdaptiveState",
+        "policies.AdaptiveState",
         "EmployState",
         "MomentumPerturbationState",
         "SharpnessAwareState",
-        "StepState",
+        "policies.StepState",
         "StoredPerturbationState",
     ],
 }
 
 
+NAMESPACES = (mo.ascents, mo.combine, mo.policies)
+
+
 @functools.cache
 def exported() -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in vars(mo).items()
-        if not name.startswith("_") and not inspect.ismodule(value)
-    }
+    """The public names of the package and of its namespaces, without types."""
+    found = {}
+    for space in (mo, *NAMESPACES):
+        prefix = space.__name__.removeprefix("msam_optax").lstrip(".")
+        for name in space.__all__:
+            value = getattr(space, name)
+            if inspect.isfunction(value) or inspect.isclass(value):
+                found[f"{prefix}.{name}".lstrip(".")] = value
+    return found
+
+
+def fields_of(value: Any) -> tuple[str, ...]:
+    """The fields of a NamedTuple or a dataclass."""
+    if dataclasses.is_dataclass(value):
+        return tuple(field.name for field in dataclasses.fields(value))
+    return getattr(value, "_fields", ())
 
 
 def is_state(value: Any) -> bool:
-    return inspect.isclass(value) and hasattr(value, "_fields")
+    return inspect.isclass(value) and bool(fields_of(value))
 
 
 FUNCTIONS = {n: f for n, f in exported().items() if inspect.isfunction(f)}
@@ -79,22 +96,34 @@ def test_every_exported_name_is_a_function_or_a_named_tuple_of_the_package():
         assert value.__module__.startswith("msam_optax.")
 
 
+def test_no_module_is_hidden_by_a_function():
+    for path in FILES:
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if path.stem != "__init__":
+            assert module not in exported()
+
+
+def test_the_folder_shows_the_plan():
+    entries = {p.name for p in PACKAGE.iterdir() if p.name != "__pycache__"}
+    assert len(entries) <= 12
+
+
 def test_names_are_exported_the_way_type_checkers_understand():
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom) and "msam_optax" in str(node.module):
             assert all(alias.asname == alias.name for alias in node.names)
     assert (PACKAGE / "py.typed").exists()
 
 
 PARAMETERS = {
-    "normalized_ascent": ["rho", "p"],
-    "adaptive_ascent": ["rho", "eta", "mask"],
-    "unnormalized_ascent": ["rho"],
+    "ascents.normalized": ["rho", "p"],
+    "ascents.adaptive": ["rho", "eta", "mask"],
+    "ascents.unnormalized": ["rho"],
     "sharpness_aware_gradient": ["ascent", "combine", "second_order"],
-    "every": ["k"],
-    "bernoulli": ["probability", "seed"],
-    "between": ["start", "stop"],
+    "policies.every": ["k"],
+    "policies.bernoulli": ["probability", "seed"],
+    "policies.between": ["start", "stop"],
     "employ": ["policy", "transform", "otherwise"],
     "momentum_perturbation": ["inner", "rho", "ascent", "momentum_fn"],
     "eval_params": ["state", "params"],
@@ -103,11 +132,9 @@ PARAMETERS = {
 }
 
 STARTS = {
-    "adaptive": ["total_steps", "delta", "lambda_1", "lambda_2"],
+    "policies.adaptive": ["total_steps", "delta", "lambda_1", "lambda_2"],
     "msam": ["learning_rate", "momentum", "rho"],
-    "adamw_msam": [
-        *["learning_rate", "b1", "b2", "eps", "weight_decay", "mask", "rho"]
-    ],
+    "adamw_msam": list(inspect.signature(optax.adamw).parameters),
     "asam": ["optimizer", "rho", "eta"],
     "ae_sam": ["optimizer", "rho", "total_steps", "delta", "lambda_1", "lambda_2"],
     "make_train_step": ["loss_fn", "optimizer"],
@@ -128,10 +155,10 @@ def test_the_parameters_start_as_in_the_design(name):
 @pytest.mark.parametrize(
     "name, defaults",
     [
-        ("normalized_ascent", {"p": 2}),
-        ("adaptive_ascent", {"eta": 0.0, "mask": None}),
+        ("ascents.normalized", {"p": 2}),
+        ("ascents.adaptive", {"eta": 0.0, "mask": None}),
         ("sharpness_aware_gradient", {"combine": None, "second_order": False}),
-        ("adaptive", {"delta": 0.9, "lambda_1": -1.0, "lambda_2": 1.0}),
+        ("policies.adaptive", {"delta": 0.9, "lambda_1": -1.0, "lambda_2": 1.0}),
         ("msam", {"momentum": 0.9, "rho": 0.3}),
         ("adamw_msam", {"rho": 1.0}),
         ("sam", {"rho": 0.05}),
@@ -178,7 +205,7 @@ def test_every_function_is_documented(name):
     documented = text.partition("Args:")[2]
     for parameter in parameters:
         assert f"{parameter}:" in documented.replace("*", ""), parameter
-    returns_policy = function.__module__.endswith(".policy")
+    returns_policy = function.__module__.endswith(".policies")
     assert "Returns:" in text or examples_of(function) or returns_policy
 
 
@@ -195,56 +222,31 @@ def test_methods_tell_cost_state_position_source_and_an_example(name):
 def test_every_state_documents_its_fields(name):
     text = inspect.getdoc(STATES[name]) or ""
     assert "Attributes:" in text
-    for field in STATES[name]._fields:
+    for field in fields_of(STATES[name]):
         assert f"{field}: " in text
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_every_module_has_a_docstring(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
 # --- Imports --------------------------------------------------------------------------
 
-# Whom of the package each module may import, see the design. A module below another in
-# this order never imports upwards.
-FOUNDATIONS = {"_numerics", "_hyperparams", "_find_momentum"}
-OPTIMIZERS = {
-    "ascent",
-    "sharpness_aware",
-    "policy",
-    "employ",
-    "momentum",
-    "aliases",
-}
+# Whom of the package each folder may import, itself apart.
+BLOCKS = {"_base", "ascents"}
 ALLOWED: dict[str, set[str]] = {
-    "_numerics": set(),
-    "_hyperparams": {"_numerics"},
-    "_find_momentum": {"_numerics"},
-    "ascent": {"_numerics", "_hyperparams"},
-    "sharpness_aware": {"_numerics", "_hyperparams", "ascent"},
-    "policy": {"_numerics", "_hyperparams"},
-    "employ": {"_find_momentum", "_hyperparams", "momentum", "policy"},
-    "momentum": {*FOUNDATIONS, "ascent"},
-    "eval_params": {*FOUNDATIONS, "momentum"},
-    "loss_scaling": {"_hyperparams"},
-    "train_state": {*FOUNDATIONS, "employ", "eval_params", "sharpness_aware"},
-    "accumulate": set(),
-    "train": {*FOUNDATIONS, "accumulate", "employ", "loss_scaling", "train_state"},
-    "flax_linen": {"eval_params", "train", "train_state"},
-    "flax_nnx": {"eval_params", "train", "train_state"},
-    "_looks": set(),
-    "_draw": {"_looks"},
-    "plotting": {"_draw", "_looks"},
-    "_over_batches": {"_numerics"},
-    "_lanczos": {"_numerics"},
-    "_hessian": {"_lanczos", "_numerics", "_over_batches"},
-    "sharpness": {"_hessian", "_numerics", "_over_batches"},
-    "landscape": {"_numerics", "_over_batches"},
-    "batch_stats": set(),
+    "_base": set(),
+    "ascents": {"_base"},
+    "combine": {"_base", "transforms"},
+    "policies": {"_base"},
+    "sharpness": {"_base"},
+    "transforms": {*BLOCKS, "policies"},
+    "methods": {*BLOCKS, "combine", "policies", "transforms"},
+    "training": {*BLOCKS, "policies", "transforms"},
+    "flax": {"training", "transforms"},
+    "plotting": set(),
 }
-TOP = {"aliases", "__init__"}  # may import everything but the glue
-GLUE = {"batch_stats", "flax_linen", "flax_nnx", "plotting"}
 
 
 def imports_of(path: pathlib.Path) -> Iterator[str]:
@@ -258,22 +260,18 @@ def imports_of(path: pathlib.Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@functools.cache
-def imported_modules() -> dict[str, set[str]]:
-    """For each module of the package, which others of it are imported."""
-    modules = {path.stem for path in PACKAGE.glob("*.py")}
-    found: dict[str, set[str]] = {}
-    for path in PACKAGE.glob("*.py"):
-        names = {tuple(name.split(".")) for name in imports_of(path)}
-        found[path.stem] = {
-            name[1]
-            for name in names
-            if name[0] == "msam_optax" and len(name) > 1 and name[1] in modules
-        }
-    return found
+def folder_of(path: pathlib.Path) -> str:
+    """A file's folder, or its own name if it stands on top."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
+def imported_folders(path: pathlib.Path) -> set[str]:
+    names = [name.split(".") for name in imports_of(path)]
+    inside = {name[1] for name in names if name[0] == "msam_optax" and len(name) > 1}
+    return (inside & set(ALLOWED)) - {folder_of(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_nothing_private_of_another_package_is_imported_or_used(path):
     for name in imports_of(path):
         parts = name.split(".")
@@ -284,30 +282,13 @@ def test_nothing_private_of_another_package_is_imported_or_used(path):
     assert "optax._src" not in text
 
 
-@pytest.mark.parametrize("module", sorted(p.stem for p in PACKAGE.glob("*.py")))
-def test_each_module_imports_what_stands_below_it(module):
-    imported = imported_modules()[module]
-    if module in TOP:
-        assert not imported & GLUE
-        assert module == "__init__" or "train" not in imported
-    elif module in ALLOWED:
-        assert imported <= ALLOWED[module]
-    else:  # the file of one method
-        assert not imported & {*TOP, *GLUE, "train"}
-
-
-def test_imports_go_round_nowhere():
-    def below(module: str, path: tuple[str, ...] = ()) -> None:
-        assert module not in path, " -> ".join((*path, module))
-        for other in imported_modules()[module]:
-            below(other, (*path, module))
-
-    below("__init__")
-
-
-def test_nobody_imports_the_glue():
-    for module, imported in imported_modules().items():
-        assert not imported & GLUE, module
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_each_folder_imports_what_stands_below_it(path):
+    folder = folder_of(path)
+    if folder == "__init__":
+        assert "plotting" not in imported_folders(path)
+    else:
+        assert imported_folders(path) <= ALLOWED[folder]
 
 
 def test_importing_the_package_brings_neither_flax_nor_matplotlib():

@@ -38,7 +38,7 @@ METHODS: dict[str, tuple[optax.GradientTransformation, Any]] = {
     "msam": (mo.msam(0.1, rho=falling), "auto"),
     "adamw_msam": (mo.adamw_msam(0.01, rho=0.3), "auto"),
     "adaptive msam": (
-        mo.momentum_perturbation(SGD, ascent=mo.adaptive_ascent(falling, eta=0.01)),
+        mo.momentum_perturbation(SGD, ascent=mo.ascents.adaptive(falling, eta=0.01)),
         "auto",
     ),
     "sam": (mo.sam(SGD, falling), "auto"),
@@ -216,7 +216,7 @@ def compare() -> dict[str, Any]:
 def ascend_by_shard() -> dict[str, float]:
     """m-sharpness in three ways, and plain SAM, by their distances to the first."""
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    sam = mo.sharpness_aware_gradient(mo.normalized_ascent(0.3))
+    sam = mo.sharpness_aware_gradient(mo.ascents.normalized(0.3))
     start, batches = problem()
 
     def batch_gradient(params: Any, batch: Any) -> Any:

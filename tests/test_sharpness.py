@@ -200,7 +200,7 @@ def test_the_first_step_of_the_worst_case_is_that_of_sam(x64, name):
         net.loss, net.params, net.batches, RHO, steps=1
     )
     gradient = jax.jit(jax.grad(net.loss))(net.params, net.whole)
-    ascent = mo.normalized_ascent(RHO)
+    ascent = mo.ascents.normalized(RHO)
     epsilon, _ = ascent.update(gradient, ascent.init(net.params), net.params)
     np.testing.assert_allclose(flat(one.perturbation), flat(epsilon), atol=1e-13)
     assert one.value == sharpness.sharpness_along(

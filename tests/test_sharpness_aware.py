@@ -40,10 +40,10 @@ def perturbed_point(ascent: Any, grad_fn: Any, params: Any) -> Any:
 
 
 ASCENTS = {
-    "normalized": mo.normalized_ascent(RHO),
-    "p = 3": mo.normalized_ascent(RHO, p=3),
-    "adaptive": mo.adaptive_ascent(RHO, eta=0.01),
-    "unnormalized": mo.unnormalized_ascent(RHO),
+    "normalized": mo.ascents.normalized(RHO),
+    "p = 3": mo.ascents.normalized(RHO, p=3),
+    "adaptive": mo.ascents.adaptive(RHO, eta=0.01),
+    "unnormalized": mo.ascents.unnormalized(RHO),
 }
 on_problems = pytest.mark.parametrize(
     "problem, name", [(mlp(), "normalized"), *((quadratic(), name) for name in ASCENTS)]
@@ -80,7 +80,7 @@ def test_the_second_order_is_finite_at_a_stationary_point():
     def grad_fn(p: Any) -> Any:
         return jax.grad(lambda w: jnp.sum(w**2))(p)
 
-    element = mo.sharpness_aware_gradient(mo.normalized_ascent(RHO), second_order=True)
+    element = mo.sharpness_aware_gradient(mo.ascents.normalized(RHO), second_order=True)
     gradient, _ = call(element, grad_fn, jnp.zeros(3))
     np.testing.assert_array_equal(gradient, np.zeros(3))
 
@@ -131,7 +131,7 @@ def test_what_a_masked_ascent_masks_out_is_not_perturbed():
         return jax.tree.map(jnp.ones_like, p)
 
     mask = {"hidden": True, "output": {"kernel": False, "bias": True}}
-    ascent = optax.masked(mo.normalized_ascent(RHO), mask)
+    ascent = optax.masked(mo.ascents.normalized(RHO), mask)
     element = mo.sharpness_aware_gradient(ascent)
     _, state = element.update(
         grad_fn(params), element.init(params), params, grad_fn=grad_fn
@@ -154,7 +154,7 @@ def test_grad_fn_is_called_with_parameters_of_their_own_dtype(dtype):
         chex.assert_trees_all_equal_shapes_and_dtypes(p, params)
         return jax.grad(lambda p: jnp.sum(p["w"] ** 2) + jnp.sum(p["v"] ** 2))(p)
 
-    element = mo.sharpness_aware_gradient(mo.normalized_ascent(RHO))
+    element = mo.sharpness_aware_gradient(mo.ascents.normalized(RHO))
     gradient, state = call(element, grad_fn, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(gradient, params)
     chex.assert_type(state.perturbation_norm, jnp.float32)
@@ -164,11 +164,11 @@ def test_grad_fn_is_called_with_parameters_of_their_own_dtype(dtype):
 @pytest.mark.parametrize(
     "ascent, expected",
     [
-        (mo.normalized_ascent(RHO), RHO),
-        (mo.normalized_ascent(-RHO), RHO),
-        (mo.normalized_ascent(RHO, p=np.inf), RHO * np.sqrt(17)),
-        (mo.normalized_ascent(0.0), 0.0),
-        (mo.normalized_ascent(lambda t: 0.7 - t), 0.7),
+        (mo.ascents.normalized(RHO), RHO),
+        (mo.ascents.normalized(-RHO), RHO),
+        (mo.ascents.normalized(RHO, p=np.inf), RHO * np.sqrt(17)),
+        (mo.ascents.normalized(0.0), 0.0),
+        (mo.ascents.normalized(lambda t: 0.7 - t), 0.7),
     ],
     ids=["2-norm", "negative", "largest entry", "zero", "schedule"],
 )
@@ -190,7 +190,7 @@ def test_grad_fn_is_called_once_and_twice_with_the_second_order():
             return p
 
         element = mo.sharpness_aware_gradient(
-            mo.normalized_ascent(RHO), second_order=second_order
+            mo.ascents.normalized(RHO), second_order=second_order
         )
         params = jnp.ones(3)
         element.update(params, element.init(params), params, grad_fn=grad_fn)
@@ -207,7 +207,7 @@ def loss(p: Any) -> Any:
 
 
 def update(**given: Any) -> Any:
-    element = mo.sharpness_aware_gradient(mo.normalized_ascent(RHO))
+    element = mo.sharpness_aware_gradient(mo.ascents.normalized(RHO))
     options: dict[str, Any] = {"params": PARAMS, "grad_fn": jax.grad(loss)}
     options |= given
     return element.update(jax.grad(loss)(PARAMS), element.init(PARAMS), **options)
@@ -277,12 +277,15 @@ sharpness_aware: Any = mo.sharpness_aware_gradient
         (lambda: mo.sharpness_aware_gradient(0.05), "ascent must be .* but 0.05"),
         (lambda: mo.sam(0.1), "optimizer must be .* but 0.1 was given"),
         (lambda: mo.wsam(0.1, learning_rate=0.1), "optimizer must be .* but 0.1"),
-        (lambda: mo.employ(mo.every(2), "sam"), "transform must be .* but 'sam'"),
+        (
+            lambda: mo.employ(mo.policies.every(2), "sam"),
+            "transform must be .* but 'sam'",
+        ),
         (lambda: mo.momentum_perturbation(0.1, rho=0.1), "inner must be .* but 0.1"),
         (lambda: train_step(print, 0.1), "optimizer must be .* but 0.1"),
         (lambda: train_step(1, optax.sgd(0.1)), "loss_fn must be a function"),
         (
-            lambda: sharpness_aware(mo.normalized_ascent(0.1), 0.5),
+            lambda: sharpness_aware(mo.ascents.normalized(0.1), 0.5),
             "combine must be a function .* but 0.5",
         ),
     ],
@@ -294,7 +297,7 @@ def test_what_is_no_transformation_is_refused_when_built(build, message):
 
 @pytest.mark.parametrize(
     "ascent",
-    [mo.normalized_ascent(0.1, p=3), mo.filterwise_ascent(0.1)],
+    [mo.ascents.normalized(0.1, p=3), mo.ascents.filterwise(0.1)],
     ids=["p=3", "filterwise"],
 )
 def test_second_order_terms_survive_zeros(ascent):

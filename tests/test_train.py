@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import msam_optax as mo
-from msam_optax.flax_linen import init_linen, linen_loss
+from msam_optax.flax.linen import init_linen, linen_loss
 
 STEPS, RHO = 8, 0.1
 
@@ -89,7 +89,8 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "every": lambda: optax.chain(
         optax.clip_by_global_norm(1.0),
         mo.employ(
-            mo.every(3), mo.sharpness_aware_gradient(mo.adaptive_ascent(RHO, 0.01))
+            mo.policies.every(3),
+            mo.sharpness_aware_gradient(mo.ascents.adaptive(RHO, 0.01)),
         ),
         optax.sgd(0.1),
     ),
@@ -183,10 +184,10 @@ def test_in_graph_is_as_asked_on_cpu_too(conds):
 
 
 def two_employs() -> optax.GradientTransformationExtraArgs:
-    element = mo.sharpness_aware_gradient(mo.normalized_ascent(RHO))
+    element = mo.sharpness_aware_gradient(mo.ascents.normalized(RHO))
     return optax.chain(
-        mo.employ(mo.every(2), element),
-        mo.employ(mo.every(3), optax.clip_by_global_norm(0.1)),
+        mo.employ(mo.policies.every(2), element),
+        mo.employ(mo.policies.every(3), optax.clip_by_global_norm(0.1)),
         optax.sgd(0.1),
     )
 

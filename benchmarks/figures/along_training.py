@@ -88,7 +88,7 @@ class Observer:
 @jax.jit
 def perturbed(weights: Any, direction: Any, rho: Any) -> Any:
     """w + rho direction / |direction|."""
-    ascent = msam_optax.normalized_ascent(rho)
+    ascent = msam_optax.ascents.normalized(rho)
     epsilon, _ = ascent.update(direction, ascent.init(weights), weights)
     return optax.tree.add(weights, epsilon)
 

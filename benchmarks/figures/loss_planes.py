@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from networks import networks, unit
 
-from msam_optax.landscape import loss_on_plane
 from msam_optax.plotting import plot_plane
+from msam_optax.sharpness import loss_on_plane
 
 METHODS = ("sgd", "sam", "msam", "ae_sam")
 # How far it is looked, in the unit of the weights.

@@ -46,11 +46,11 @@ class Variant(NamedTuple):
 
 
 def _normalised(setting: optimizers.Setting) -> optax.GradientTransformation:
-    return msam_optax.normalized_ascent(setting.rho)
+    return msam_optax.ascents.normalized(setting.rho)
 
 
 def _unnormalised(setting: optimizers.Setting) -> optax.GradientTransformation:
-    return msam_optax.unnormalized_ascent(setting.rho)
+    return msam_optax.ascents.unnormalized(setting.rho)
 
 
 def _scaled(setting: optimizers.Setting) -> optax.GradientTransformation:
@@ -58,7 +58,7 @@ def _scaled(setting: optimizers.Setting) -> optax.GradientTransformation:
         # The perturbation made in a step is that of the next step's gradient.
         return setting.rho * setting.momentum * setting.schedule(step + 1)
 
-    return msam_optax.unnormalized_ascent(rho)
+    return msam_optax.ascents.unnormalized(rho)
 
 
 def _scaled_rhos(rate: float) -> list[float]:

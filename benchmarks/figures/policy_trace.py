@@ -35,11 +35,13 @@ class RecordState(NamedTuple):
         running mean and variance, and the decision.
     """
 
-    policy_state: msam_optax.AdaptiveState
+    policy_state: msam_optax.policies.AdaptiveState
     trace: jax.Array
 
 
-def recorded(policy: msam_optax.Policy, total_steps: int) -> msam_optax.Policy:
+def recorded(
+    policy: msam_optax.policies.Policy, total_steps: int
+) -> msam_optax.policies.Policy:
     """An `adaptive` policy that keeps what it saw and how it decided."""
 
     def init(params: Any) -> RecordState:
@@ -56,7 +58,7 @@ def recorded(policy: msam_optax.Policy, total_steps: int) -> msam_optax.Policy:
         trace = state.trace.at[state.policy_state.step].set(row)
         return decision, RecordState(inner, trace)
 
-    return msam_optax.Policy(init, decide)
+    return msam_optax.policies.Policy(init, decide)
 
 
 def compute(study: common.Study) -> list[dict[str, Any]]:
@@ -66,9 +68,9 @@ def compute(study: common.Study) -> list[dict[str, Any]]:
     # AE-SAM as `msam_optax.ae_sam` builds it, but for the record.
     optimizer = optax.chain(
         msam_optax.employ(
-            recorded(msam_optax.adaptive(total), total),
+            recorded(msam_optax.policies.adaptive(total), total),
             msam_optax.sharpness_aware_gradient(
-                msam_optax.normalized_ascent(setting.rho)
+                msam_optax.ascents.normalized(setting.rho)
             ),
         ),
         optimizers.METHODS["sgd"].build(setting),

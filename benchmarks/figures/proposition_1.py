@@ -25,9 +25,8 @@ import optax
 from matplotlib.figure import Figure
 from networks import Network, networks
 
-from msam_optax.landscape import loss_on_line
 from msam_optax.plotting import Estimates, plot_estimates
-from msam_optax.sharpness import hessian_trace
+from msam_optax.sharpness import hessian_trace, loss_on_line
 
 METHODS = ("sgd", "msam")
 _SIGMAS = np.geomspace(1e-3, 1e-1, 7)

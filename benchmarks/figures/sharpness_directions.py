@@ -17,8 +17,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from networks import networks
 
-from msam_optax.landscape import loss_on_line
 from msam_optax.plotting import plot_line
+from msam_optax.sharpness import loss_on_line
 
 METHODS = ("sgd", "sam", "msam", "ae_sam")
 # How far it is looked, in the unit of the weights; a random direction is far flatter.

@@ -12,7 +12,7 @@ import optax
 import training
 
 import msam_optax
-from msam_optax.flax_linen import init_linen, linen_loss
+from msam_optax.flax.linen import init_linen, linen_loss
 
 # How much of the training goes without a perturbation in "zero in warm-up".
 WARM_UP_SHARE = 0.2
@@ -78,19 +78,20 @@ def _like_learning_rate(base: Base, rho: Any) -> optax.GradientTransformation:
 
 def _clipped(base: Base, rho: Any) -> optax.GradientTransformation:
     ascent = optax.chain(
-        msam_optax.normalized_ascent(rho), msam_optax.clip_by_weight_norm(CLIP_SHARE)
+        msam_optax.ascents.normalized(rho),
+        msam_optax.ascents.clip_by_weight_norm(CLIP_SHARE),
     )
     return msam_optax.momentum_perturbation(base.sgd, ascent=ascent)
 
 
 def _layerwise(base: Base, rho: Any) -> optax.GradientTransformation:
     # Relative to all weights, so that rho has the unit that it has elsewhere.
-    ascent = msam_optax.layerwise_ascent(rho / base.weights_norm)
+    ascent = msam_optax.ascents.layerwise(rho / base.weights_norm)
     return msam_optax.momentum_perturbation(base.sgd, ascent=ascent)
 
 
 def _adaptive(base: Base, rho: Any) -> optax.GradientTransformation:
-    ascent = msam_optax.weight_scaled_ascent(rho)
+    ascent = msam_optax.ascents.weight_scaled(rho)
     return msam_optax.momentum_perturbation(base.sgd, ascent=ascent)
 
 

@@ -57,7 +57,7 @@ def test_policy_trace_is_that_of_ae_sam(tmp_path: Path) -> None:
 
 
 def test_recorded_policy_decides_alike() -> None:
-    policy = msam_optax.adaptive(4)
+    policy = msam_optax.policies.adaptive(4)
     recorded = policy_trace.recorded(policy, 4)
     state, record = policy.init(jnp.zeros(2)), recorded.init(jnp.zeros(2))
     for size in (1.0, 3.0, 1.0, 2.0):

@@ -1,0 +1,78 @@
+"""What all ascents share: rho is read, and what an ascent leaves alone stays."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msam_optax._base.hyperparams import (
+    ScalarOrSchedule,
+    check_scalar_or_schedule,
+    init_schedule,
+    read_schedule,
+)
+
+# perturb(rho, direction, params) -> epsilon
+Perturb = Callable[[Any, optax.Updates, Any], optax.Updates]
+
+
+def perturbation(
+    ascent: optax.GradientTransformationExtraArgs,
+    direction: optax.Updates,
+    state: optax.OptState,
+    params: Any,
+    **extra_args: Any,
+) -> tuple[optax.Updates, optax.OptState]:
+    """The ascent's epsilon, 0 where the ascent hands the direction back untouched.
+
+    `optax.masked` passes what it masks out through, which is right for updates, but
+    here would make the raw gradient a perturbation.
+    """
+    epsilon, state = ascent.update(direction, state, params, **extra_args)
+    epsilon = jax.tree.map(
+        lambda e, g: jnp.zeros_like(e) if e is g else e, epsilon, direction
+    )
+    return epsilon, state
+
+
+def make(
+    rho: ScalarOrSchedule, perturb: Perturb
+) -> optax.GradientTransformationExtraArgs:
+    """An ascent of your own, without state: `perturb` once rho is read.
+
+    *Cost*: that of perturb. *State*: none, or one int32 where rho is a schedule.
+    *Position*: inside ``sharpness_aware_gradient`` or ``momentum_perturbation``.
+
+    Args:
+      rho: radius, in a unit of perturb's choice; a float or a schedule.
+      perturb: ``perturb(rho, direction, params) -> epsilon``, a tree like the direction
+        in its dtypes. params are None where the caller gives none.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: if rho is neither a finite number nor a schedule.
+
+    >>> import jax, jax.numpy as jnp, msam_optax
+    >>> def signs(rho, direction, params):
+    ...     return jax.tree.map(lambda g: rho * jnp.sign(g), direction)
+    >>> ascent = msam_optax.ascents.make(0.5, signs)
+    >>> direction = jnp.array([3.0, -4.0])
+    >>> epsilon, _ = ascent.update(direction, ascent.init(direction))
+    >>> print(epsilon)
+    [ 0.5 -0.5]
+    """
+    check_scalar_or_schedule("rho", rho)
+
+    def init_fn(params):
+        del params
+        return init_schedule(rho)
+
+    def update_fn(direction, state, params=None, **extra_args):
+        radius, state = read_schedule(rho, state, extra_args)
+        return perturb(radius, direction, params), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,149 @@
+"""Ascents with a random part."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msam_optax._base.hyperparams import (
+    ScalarOrSchedule,
+    check_integer,
+    check_real,
+    check_scalar_or_schedule,
+    training_step,
+)
+from msam_optax._base.numerics import cast_like, global_norm, safe_divide, scale
+
+
+class RandomAscentState(NamedTuple):
+    """State of an ascent that draws random numbers.
+
+    Attributes:
+      step: int32 scalar; the draws depend on it and on the seed alone.
+    """
+
+    step: jax.Array
+
+
+def stochastic(
+    rho: ScalarOrSchedule, beta: float, seed: int = 0, by_coordinate: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    r"""Stochastic weight perturbation: each parameter takes part with probability beta.
+
+    With :math:`g'` the direction g, zero on those that do not take part,
+
+    .. math:: \varepsilon = \frac{\rho}{\beta}\, \frac{g'}{\|g'\|} .
+
+    *Cost*: one reduction over the direction, and the draws. *State*: one int32.
+    *Position*: inside ``sharpness_aware_gradient`` or ``momentum_perturbation``.
+
+    Args:
+      rho: radius times beta, in the unit of the parameters; a float or a schedule.
+        Epsilon has length rho/beta, or 0 where nothing takes part.
+      beta: probability of taking part, in (0, 1].
+      seed: integer seed of the draws.
+      by_coordinate: draw for each single weight, as ESAM's paper writes it, and not for
+        each parameter tensor, as the authors' code does.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: if rho is neither a finite number nor a schedule, beta is outside
+        (0, 1], or seed is not an integer.
+
+    >>> import jax.numpy as jnp, msam_optax
+    >>> ascent = msam_optax.ascents.stochastic(rho=0.5, beta=1.0)
+    >>> direction = jnp.array([3.0, 4.0])
+    >>> epsilon, _ = ascent.update(direction, ascent.init(direction))
+    >>> print(epsilon)
+    [0.3 0.4]
+
+    References:
+      Du et al., `Efficient Sharpness-Aware Minimization for Improved Training of Neural
+      Networks <https://arxiv.org/abs/2110.03141>`_, ICLR 2022.
+    """
+    check_real("beta", beta, low=0.0, high=1.0, excluded=0.0)
+
+    def perturb(rho, direction, key):
+        def tensor(key, g):
+            shape = jnp.shape(g) if by_coordinate else ()
+            return jnp.where(jax.random.bernoulli(key, beta, shape), g, 0)
+
+        chosen = jax.tree.map(tensor, _keys_like(key, direction), direction)
+        factor = safe_divide(rho, global_norm(chosen)) / beta
+        return cast_like(scale(factor, chosen), direction)
+
+    return _random_ascent(rho, seed, perturb)
+
+
+def gaussian(
+    rho: ScalarOrSchedule, seed: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    r"""A random direction of length rho: :math:`\rho\,n/\|n\|`, n standard normal.
+
+    What comes in as direction only lends its shape. The papers use it as the control
+    of what an ascent's direction is worth.
+
+    *Cost*: the draws and one reduction. *State*: one int32. *Position*: inside
+    ``sharpness_aware_gradient`` or ``momentum_perturbation``.
+
+    Args:
+      rho: radius, in the unit of the parameters; a float or a schedule.
+      seed: integer seed of the draws.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: if rho is neither a finite number nor a schedule, or seed is not an
+        integer.
+
+    >>> import jax.numpy as jnp, msam_optax
+    >>> ascent = msam_optax.ascents.gaussian(rho=0.5)
+    >>> direction = jnp.array([3.0, 4.0])
+    >>> epsilon, _ = ascent.update(direction, ascent.init(direction))
+    >>> print(f"{jnp.linalg.norm(epsilon):.2f}")
+    0.50
+
+    References:
+      Becker, Altrock and Risse, `Momentum-SAM <https://arxiv.org/abs/2401.12033>`_,
+      2024.
+    """
+
+    def perturb(rho, direction, key):
+        noise = jax.tree.map(
+            lambda key, g: jax.random.normal(key, jnp.shape(g), jnp.result_type(g)),
+            _keys_like(key, direction),
+            direction,
+        )
+        return scale(safe_divide(rho, global_norm(noise)), noise)
+
+    return _random_ascent(rho, seed, perturb)
+
+
+def _random_ascent(
+    rho: ScalarOrSchedule, seed: int, perturb: Any
+) -> optax.GradientTransformationExtraArgs:
+    check_scalar_or_schedule("rho", rho)
+    check_integer("seed", seed, low=0)
+
+    def init_fn(params):
+        del params
+        return RandomAscentState(step=jnp.zeros([], jnp.int32))
+
+    def update_fn(direction, state, params=None, **extra_args):
+        del params
+        step = training_step(state.step, extra_args)
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        radius = rho(step) if callable(rho) else rho
+        epsilon = perturb(radius, direction, key)
+        return epsilon, RandomAscentState(step=optax.safe_increment(step))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _keys_like(key: jax.Array, tree: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves))))

@@ -1,0 +1,42 @@
+"""Adaptive SAM."""
+
+from typing import Any
+
+import optax
+
+from msam_optax import ascents
+from msam_optax._base.hyperparams import ScalarOrSchedule
+from msam_optax.transforms._sharpness_aware import chained, sharpness_aware_gradient
+
+
+def asam(
+    optimizer: optax.GradientTransformation,
+    rho: ScalarOrSchedule = 0.5,
+    eta: float = 0.01,
+    mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adaptive SAM around any optimizer: SAM with a radius relative to each weight.
+
+    *Cost*: one extra gradient a step. *State*: the optimizer's, and one scalar (two
+    where rho is a schedule). *Position*: ``update`` needs ``params`` and ``grad_fn``.
+
+    Args:
+      optimizer: the whole base optimizer, weight decay included.
+      rho: relative radius; a float or a schedule. 0.5 (CIFAR-10) and 1
+        (CIFAR-100) in the paper.
+      eta: added to the weights' absolute values.
+      mask: see :func:`msam_optax.ascents.adaptive`.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`; its errors are those of
+      :func:`msam_optax.sharpness_aware_gradient` and ``ascents.adaptive``.
+
+    >>> import msam_optax, optax
+    >>> tx = msam_optax.asam(optax.adamw(1e-3), rho=0.5)
+
+    References:
+      Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2102.11600>`_, 2021.
+    """
+    ascent = ascents.adaptive(rho, eta, mask)
+    return chained(sharpness_aware_gradient(ascent), optimizer)

@@ -1,0 +1,149 @@
+"""Runs a transformation only on the steps that a policy chooses."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msam_optax._base.hyperparams import check_transformation
+from msam_optax.policies import Policy
+from msam_optax.transforms._find_momentum import find_states
+from msam_optax.transforms._momentum import PERTURBED
+
+# otherwise(updates, inner_state) -> updates
+Otherwise = Callable[[optax.Updates, optax.OptState], optax.Updates]
+
+
+class EmployState(NamedTuple):
+    """State of `employ`.
+
+    Attributes:
+      step: int32 scalar, how many steps were taken.
+      employed: boolean scalar, the policy's last decision.
+      employed_steps: int32 scalar, on how many steps the policy said yes.
+      policy_state: state of the policy.
+      inner_state: state of the transformation, as it left it when last employed.
+    """
+
+    step: jax.Array
+    employed: jax.Array
+    employed_steps: jax.Array
+    policy_state: Any
+    inner_state: optax.OptState
+
+
+def employ(
+    policy: Policy,
+    transform: optax.GradientTransformation,
+    otherwise: Otherwise | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Runs `transform` where `policy` says so, and `otherwise` on the other steps.
+
+    The step not taken costs nothing: the branches stand under ``lax.cond``, so a
+    gradient inside is computed only where it is used. Under ``vmap`` both branches
+    run, because there a ``cond`` becomes a ``select``; and on CPU a convolution's
+    gradient is very slow inside a ``cond``, which is what the ``dispatch`` of
+    :func:`msam_optax.make_train_step` is for.
+
+    With ``every(k)`` it equals :func:`optax.conditionally_transform` with
+    ``lambda step: step % k == 0``; other policies see the gradients, which that one's
+    condition does not.
+
+    *Cost*: the policy's, and the transformation's where employed. *State*: both
+    states, and three scalars. *Position*: before the optimizer, where the
+    transformation would stand; never around a whole optimizer, since the raw gradient
+    would be the update on the other steps.
+
+    Args:
+      policy: asked once a step, with the updates that come in.
+      transform: run where the policy says so. It receives ``step``, the number of
+        steps taken so far, as an extra argument (unless the caller gives one), so that
+        the schedules of an ascent follow the training and not the steps that happened
+        to be employed.
+      otherwise: ``otherwise(updates, inner_state) -> updates`` elsewhere, by default
+        the updates as they are. ``inner_state`` does not change.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` accepts the
+      keyword ``employed``, a Python bool that replaces ``lax.cond`` by a static choice:
+      only that branch is compiled, while the state still records the policy's own
+      decision, so the caller must run the branch that the policy chose.
+
+    Raises:
+      ValueError: if policy is not a :class:`Policy`, transform no transformation or
+        around MSAM, or ``employed`` not a bool.
+
+    >>> import jax, jax.numpy as jnp, msam_optax, optax
+    >>> sam = msam_optax.sharpness_aware_gradient(msam_optax.ascents.normalized(0.1))
+    >>> employed = msam_optax.employ(msam_optax.policies.every(3), sam)
+    >>> tx = optax.chain(employed, optax.sgd(0.1))
+    >>> grad_fn = jax.grad(lambda w: jnp.sum(w**4))
+    >>> params = jnp.array([1.0, 0.5])
+    >>> state = tx.init(params)
+    >>> for _ in range(6):
+    ...     grads = grad_fn(params)
+    ...     updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
+    ...     params = optax.apply_updates(params, updates)
+    >>> print(state[0].employed_steps, "of", state[0].step)
+    2 of 6
+    """
+    if not isinstance(policy, Policy):
+        raise ValueError(
+            f"employ needs a Policy first, for instance every(2), but got {policy!r}."
+        )
+    transform = check_transformation("transform", transform)
+
+    def init_fn(params):
+        inner_state = transform.init(params)
+        if find_states(inner_state, PERTURBED):
+            raise ValueError(
+                "employ was given MSAM, a whole optimizer: on the other steps the raw "
+                "gradient would be the update. For MSAM on some steps give rho a "
+                "schedule, rho=lambda step: 0.3 * (step >= 100)."
+            )
+        return EmployState(
+            step=jnp.zeros([], jnp.int32),
+            employed=jnp.zeros([], bool),
+            employed_steps=jnp.zeros([], jnp.int32),
+            policy_state=policy.init(params),
+            inner_state=inner_state,
+        )
+
+    def update_fn(updates, state, params=None, *, employed=None, **extra_args):
+        if employed is not None and not isinstance(employed, bool):
+            raise ValueError(
+                "employed chooses a branch while tracing: it must be a Python bool or "
+                f"None, but {employed!r} was given."
+            )
+        decision, policy_state = policy.decide(
+            updates, state.policy_state, params, **extra_args
+        )
+
+        def run(updates, inner_state):
+            return transform.update(
+                updates, inner_state, params, **{"step": state.step, **extra_args}
+            )
+
+        def skip(updates, inner_state):
+            if otherwise is not None:
+                updates = otherwise(updates, inner_state)
+            return updates, inner_state
+
+        if employed is None:
+            new_updates, inner_state = jax.lax.cond(
+                decision, run, skip, updates, state.inner_state
+            )
+        else:
+            branch = run if employed else skip
+            new_updates, inner_state = branch(updates, state.inner_state)
+        return new_updates, EmployState(
+            step=optax.safe_increment(state.step),
+            employed=decision,
+            employed_steps=state.employed_steps + decision.astype(jnp.int32),
+            policy_state=policy_state,
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,119 @@
+"""Remembers what SAM adds to the gradient, and adds it on the other steps."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from msam_optax._base.hyperparams import check_real
+from msam_optax._base.numerics import (
+    add_scaled,
+    cast_like,
+    global_norm,
+    orthogonal_part,
+    safe_divide,
+)
+from msam_optax.transforms._employ import Otherwise
+from msam_optax.transforms._sharpness_aware import (
+    SharpnessAwareState,
+    sharpness_aware_gradient,
+)
+
+
+class RememberedGradientState(NamedTuple):
+    """State of `remembered_gradient`.
+
+    Attributes:
+      sharpness_aware_state: state of the sharpness-aware gradient.
+      orthogonal: tree like the parameters, the part g_v of the last perturbed gradient
+        that is orthogonal to the clean one; zeros before the first.
+    """
+
+    sharpness_aware_state: SharpnessAwareState
+    orthogonal: optax.Updates
+
+
+def remembered_gradient(
+    ascent: optax.GradientTransformation, per_tensor: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    r"""A sharpness-aware gradient that keeps its part orthogonal to the clean one.
+
+    With the clean gradient :math:`g` and the perturbed one :math:`g_s`, which is
+    returned,
+
+    .. math::
+      g_v = g_s - \frac{\langle g, g_s \rangle}{\|g\|^2}\, g .
+
+    *Cost*: one extra gradient. *State*: one tree like the parameters, the ascent's and
+    one scalar. *Position*: in an ``employ`` with
+    ``otherwise=``:func:`reuse_remembered`, first in a chain.
+
+    Args:
+      ascent: what makes epsilon of the gradient.
+      per_tensor: project each parameter tensor on its own, as some ports do, and not
+        all together.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` that needs ``params`` and
+      ``grad_fn``; its errors are those of ``sharpness_aware_gradient``.
+
+    >>> import msam_optax, optax
+    >>> looksam = msam_optax.employ(
+    ...     msam_optax.policies.every(5),
+    ...     msam_optax.remembered_gradient(msam_optax.ascents.normalized(0.05)),
+    ...     otherwise=msam_optax.reuse_remembered(alpha=0.7),
+    ... )
+    >>> tx = optax.chain(looksam, optax.sgd(0.1, momentum=0.9))
+    """
+    sharpness_aware = sharpness_aware_gradient(ascent)
+
+    def init_fn(params):
+        return RememberedGradientState(
+            sharpness_aware_state=sharpness_aware.init(params),
+            orthogonal=optax.tree.zeros_like(params),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        perturbed, sharpness_aware_state = sharpness_aware.update(
+            updates, state.sharpness_aware_state, params, **extra_args
+        )
+        orthogonal = _by_tensor(orthogonal_part, per_tensor)(perturbed, updates)
+        return perturbed, RememberedGradientState(
+            sharpness_aware_state=sharpness_aware_state,
+            orthogonal=cast_like(orthogonal, state.orthogonal),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def reuse_remembered(alpha: float, per_tensor: bool = False) -> Otherwise:
+    r"""The gradient of the steps between: :math:`g + \alpha (\|g\|/\|g_v\|)\, g_v`.
+
+    Before the first refresh :math:`g_v` is zero and this is the plain gradient.
+
+    Args:
+      alpha: weight of the remembered component, in units of the gradient's norm.
+      per_tensor: take the norms of each parameter tensor on its own.
+
+    Returns:
+      A function for the ``otherwise`` of :func:`msam_optax.employ` around
+      :func:`remembered_gradient`, which has an example.
+
+    Raises:
+      ValueError: if alpha is not a finite number.
+    """
+    check_real("alpha", alpha)
+
+    def extend(updates, orthogonal):
+        ratio = safe_divide(global_norm(updates), global_norm(orthogonal))
+        return add_scaled(updates, alpha * ratio, orthogonal)
+
+    def otherwise(updates, inner_state):
+        return _by_tensor(extend, per_tensor)(updates, inner_state.orthogonal)
+
+    return otherwise
+
+
+def _by_tensor(rule: Any, per_tensor: bool) -> Any:
+    """A rule for two trees, applied to them leaf by leaf or as wholes."""
+    return (lambda *trees: jax.tree.map(rule, *trees)) if per_tensor else rule
