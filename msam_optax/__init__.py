@@ -11,6 +11,7 @@ from msam_optax import sharpness as sharpness
 from msam_optax.ascents._schedules import (
     rho_like_learning_rate as rho_like_learning_rate,
 )
+from msam_optax.combine import Combine as Combine
 from msam_optax.methods import adamw_msam as adamw_msam
 from msam_optax.methods import ae_looksam as ae_looksam
 from msam_optax.methods import ae_sam as ae_sam
@@ -51,7 +52,6 @@ from msam_optax.transforms import remembered_gradient as remembered_gradient
 from msam_optax.transforms import reuse_remembered as reuse_remembered
 from msam_optax.transforms import selected_gradient as selected_gradient
 from msam_optax.transforms import sharpness_aware_gradient as sharpness_aware_gradient
-from msam_optax.transforms._sharpness_aware import Combine as Combine
 
 __all__ = [
     "Combine",

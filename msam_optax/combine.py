@@ -4,18 +4,22 @@ A rule is a function ``combine(clean, perturbed) -> gradient`` for
 :func:`msam_optax.sharpness_aware_gradient`.
 """
 
+from collections.abc import Callable
+
 import jax
 import optax
 
 from msam_optax._base.hyperparams import check_real
 from msam_optax._base.numerics import add_scaled, orthogonal_part
-from msam_optax.transforms._sharpness_aware import Combine as Combine
 
 __all__ = [
     "Combine",
     "interpolate",
     "surrogate_gap",
 ]
+
+# combine(clean, perturbed) -> gradient
+Combine = Callable[[optax.Updates, optax.Updates], optax.Updates]
 
 
 def surrogate_gap(alpha: float) -> Combine:

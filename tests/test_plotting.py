@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from msam_optax import plotting
-from msam_optax.plotting import Estimates, _draw, _looks, looks
+from msam_optax.plotting import Estimates, _draw, _figures, _looks, looks
 
 MAIN = ["sgd", "nag", "adam", "sam", "msam", "ae_sam", "looksam"]
 
@@ -40,7 +40,7 @@ FIGURES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("module", [plotting, _draw, _looks])
+@pytest.mark.parametrize("module", [plotting, _draw, _figures, _looks])
 def test_numpy_and_matplotlib_are_all_it_takes(module):
     """Plotting computes nothing: arrays from anywhere can be drawn, without JAX."""
     own = {f"msam_optax.plotting.{name}" for name in ("_draw", "_figures", "_looks")}

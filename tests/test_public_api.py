@@ -238,10 +238,10 @@ BLOCKS = {"_base", "ascents"}
 ALLOWED: dict[str, set[str]] = {
     "_base": set(),
     "ascents": {"_base"},
-    "combine": {"_base", "transforms"},
+    "combine": {"_base"},
     "policies": {"_base"},
     "sharpness": {"_base"},
-    "transforms": {*BLOCKS, "policies"},
+    "transforms": {*BLOCKS, "combine", "policies"},
     "methods": {*BLOCKS, "combine", "policies", "transforms"},
     "training": {*BLOCKS, "policies", "transforms"},
     "flax": {"training", "transforms"},
@@ -289,6 +289,38 @@ def test_each_folder_imports_what_stands_below_it(path):
         assert "plotting" not in imported_folders(path)
     else:
         assert imported_folders(path) <= ALLOWED[folder]
+
+
+def module_of(path: pathlib.Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+@functools.cache
+def imported_modules() -> dict[str, set[str]]:
+    """For each module of the package, which others of it are imported."""
+    modules = {module_of(path) for path in FILES}
+    return {
+        module_of(path): (set(imports_of(path)) & modules) - {"msam_optax"}
+        for path in FILES
+    }
+
+
+def test_imports_go_round_nowhere():
+    def below(module: str, path: tuple[str, ...] = ()) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        for other in imported_modules()[module]:
+            below(other, (*path, module))
+
+    for module in imported_modules():
+        below(module)
+
+
+def test_nobody_imports_the_glue():
+    for module, imported in imported_modules().items():
+        for other in imported:
+            glue = other.startswith(("msam_optax.flax.", "msam_optax.plotting"))
+            assert not glue or other.split(".")[1] == module.split(".")[1], module
 
 
 def test_importing_the_package_brings_neither_flax_nor_matplotlib():

@@ -11,12 +11,18 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from msam_optax.flax._nnx_statistics import (
-    recalibrate_batch_stats as recalibrate_batch_stats,
-)
+from msam_optax.flax._nnx_statistics import recalibrate_batch_stats
 from msam_optax.training._state import TrainState
 from msam_optax.training._step import LossFn, loss_and_aux
 from msam_optax.transforms._eval_params import eval_params
+
+__all__ = [
+    "eval_model",
+    "init_nnx",
+    "nnx_loss",
+    "nnx_update",
+    "recalibrate_batch_stats",
+]
 
 Module = TypeVar("Module", bound=nnx.Module)
 # loss(model, batch) -> (loss, aux)

@@ -1,9 +1,4 @@
-"""Figures of sharpness and of training: arrays in, matplotlib Axes out.
-
-Nothing is computed here. Every function takes an Axes to draw on and returns it.
-Without one it makes a figure of its own, which ``ax.figure.savefig`` writes. A method
-has the same colour, line style and marker in all figures (:func:`looks`).
-"""
+"""The figures, a function each."""
 
 from collections.abc import Mapping
 from typing import Literal

@@ -1,22 +1,4 @@
-r"""Sharpness and curvature of a loss at a point, over a whole data set in batches.
-
-All functions of this module take
-
-- ``loss_fn(params, batch) -> scalar``, the mean loss over the batch. It must be
-  deterministic: without dropout, with stored batch statistics. It is compiled once for
-  each function object, so define it once and not anew for each call;
-- ``params``, a tree of arrays. Those of lower precision are cast to float32: in
-  bfloat16 a small perturbation is lost in rounding. Results are Python floats, or
-  arrays in float32, float64 if a parameter is;
-- ``batches``, which can be read several times: a list, or an object whose ``__iter__``
-  starts anew. All examples count equally; a batch has as many as the leading axis of
-  its first leaf is long. One batch at a time is on the device;
-- ``on_batch``, called without arguments whenever a batch is done, for a progress bar:
-  ``on_batch=bar.update``, as often as the function says.
-
-Numbers are summed over the batches in float64 on the host, trees by compensated sums on
-the device.
-"""
+"""Losses, gradients and sharpness over a whole data set; arguments as in the folder."""
 
 import functools
 import math

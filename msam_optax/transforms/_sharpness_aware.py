@@ -1,6 +1,5 @@
 """Replaces the gradient at w by the gradient at a perturbed point w + epsilon."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +9,7 @@ import optax
 from msam_optax._base.hyperparams import check_transformation
 from msam_optax._base.numerics import global_norm, statistics_dtype
 from msam_optax.ascents._make import perturbation
-
-# combine(clean, perturbed) -> gradient
-Combine = Callable[[optax.Updates, optax.Updates], optax.Updates]
+from msam_optax.combine import Combine
 
 
 class SharpnessAwareState(NamedTuple):
