@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from resuming import AROUND, METHODS, MSAM, sgd
+
+from tests.resuming import AROUND, METHODS, MSAM, sgd
 
 
 def tree() -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """What the tests of checkpoints can't do in their own process.
 
-``python tests/resuming_processes.py TASK DIRECTORY`` trains on simulated devices, or is
+``python -m tests.resuming_processes TASK DIRECTORY`` trains on simulated devices, or is
 killed.
 """
 
@@ -22,7 +22,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from resuming import (
+
+from tests.resuming import (
     ALIASES,
     SAVED,
     STEPS,
@@ -175,12 +176,13 @@ def killed_in_a_save(directory: pathlib.Path) -> None:
 def run_task(task: str, directory: pathlib.Path) -> Any:
     """Runs one of the tasks above in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-W", "error", __file__, task, str(directory)],
+        [sys.executable, "-W", "error", "-m", __name__, task, str(directory)],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         check=False,
+        cwd=pathlib.Path(__file__).parents[1],
     )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import accuracy_against_rho
 import common
 import equal_budget
-import figure_scripts
 import jax
 import jax.numpy as jnp
 import momentum_cosine
@@ -19,14 +18,14 @@ import optax
 import optimizers
 import over_rho
 import perturbation_effect
-import problems
 import pytest
 import similarity
 import training
 from along_training import Moment, measured
-from figure_scripts import FAST
 
 import msam_optax
+from tests import figure_scripts, problems
+from tests.figure_scripts import FAST
 
 STEPS = 5
 RATES = {0.02, 0.1}

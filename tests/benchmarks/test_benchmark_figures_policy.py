@@ -20,10 +20,10 @@ import run_all
 import stability
 import stability_ranges
 import stability_variants
-from figure_scripts import FAST, run
 from stability_variants import Base, Point
 
 import msam_optax
+from tests.figure_scripts import FAST, run
 
 STEPS = 5
 

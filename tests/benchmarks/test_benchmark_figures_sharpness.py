@@ -16,10 +16,10 @@ import optimizers
 import proposition_1
 import pytest
 import sharpness_directions
-from figure_scripts import FAST, Row, run
 
 import msam_optax
 from msam_optax.sharpness import mean_gradient, mean_loss, sharpness_along
+from tests.figure_scripts import FAST, Row, run
 
 RATES = (0.02, 0.1)
 COLUMNS = ["learning_rate", "method", "rho", "seed", "epoch"]

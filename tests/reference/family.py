@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from reference.recursions import (
+from tests.reference.recursions import (
     Gradient,
     Schedule,
     Tree,

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import Problem, mlp, named, quadratic, run
-from reference import recursions
-from reference.recursions import Tree, norm
 
 import msam_optax as mo
+from tests.problems import Problem, mlp, named, quadratic, run
+from tests.reference import recursions
+from tests.reference.recursions import Tree, norm
 
 RHO, LR, MU = 0.2, 0.05, 0.9
 STEPS = 12

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from faults import guarded, method, one_step, run, tree
-from resuming import METHODS, digest
 
 import msam_optax as mo
+from tests.faults import guarded, method, one_step, run, tree
+from tests.resuming import METHODS, digest
 
 all_methods = pytest.mark.parametrize("name", METHODS)
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import Problem, mlp, quadratic
 
 import msam_optax as mo
+from tests.problems import Problem, mlp, quadratic
 
 RHO = 0.3
 

@@ -1,7 +1,7 @@
 """On eight simulated devices every method does what it does on one.
 
 Devices must be simulated before JAX starts, hence a process of its own: the tests here
-read what ``python tests/test_sharding.py`` printed.
+read what ``python tests/contract/test_sharding.py`` printed.
 """
 
 import contextlib

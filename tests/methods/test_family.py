@@ -12,20 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import STEPS, Problem, Run, mlp, named, quadratic, run
-from reference import family, recursions
-from reference.family import (
-    dot,
-    each_tensor,
-    fisher_direction,
-    layerwise_direction,
-    p_norm_direction,
-    part_direction,
-    reject,
-    weight_scaled_direction,
-)
-from reference.recursions import Tree, norm, unit
-from test_aliases import (
+
+import msam_optax as mo
+from tests.methods.test_aliases import (
     DECAY,
     DECAYED_SGD,
     MU,
@@ -37,8 +26,19 @@ from test_aliases import (
     ramp,
     recur,
 )
-
-import msam_optax as mo
+from tests.problems import STEPS, Problem, Run, mlp, named, quadratic, run
+from tests.reference import family, recursions
+from tests.reference.family import (
+    dot,
+    each_tensor,
+    fisher_direction,
+    layerwise_direction,
+    p_norm_direction,
+    part_direction,
+    reject,
+    weight_scaled_direction,
+)
+from tests.reference.recursions import Tree, norm, unit
 
 x64 = pytest.mark.usefixtures("x64")
 on_both = pytest.mark.parametrize("problem", [mlp(), quadratic()], ids=repr)

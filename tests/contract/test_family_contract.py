@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import test_contract as contract
-from test_contract import Carry, falling, leaves, params, sgd, spy, start
 
 import msam_optax as mo
+from tests.contract import test_contract as contract
+from tests.contract.test_contract import Carry, falling, leaves, params, sgd, spy, start
 
 STEPS = 6
 

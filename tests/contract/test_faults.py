@@ -12,12 +12,11 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import resuming
-import resuming_processes
-from faults import HEALTHY, POISONS, guarded, method, poisoned, run, step_of, tree
-from resuming import ALIASES, AROUND, METHODS, MSAM, STEPS, digest, falling, sgd
 
 import msam_optax as mo
+from tests import resuming, resuming_processes
+from tests.faults import HEALTHY, POISONS, guarded, method, poisoned, run, step_of, tree
+from tests.resuming import ALIASES, AROUND, METHODS, MSAM, STEPS, digest, falling, sgd
 
 all_methods = pytest.mark.parametrize("name", METHODS)
 

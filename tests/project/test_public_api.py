@@ -17,7 +17,7 @@ import pytest
 import msam_optax as mo
 
 PACKAGE = pathlib.Path(mo.__file__).parent
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 PUBLIC: dict[str, list[str]] = {

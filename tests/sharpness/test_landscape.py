@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import problems
 import pytest
 
 from msam_optax import sharpness
 from msam_optax.sharpness import loss_on_line, loss_on_plane
+from tests import problems
 
 MATRIX = problems.quadratic_matrix()
 DISTANCES = np.array([-2.0, -0.5, 0.0, 0.3, 4.0])

@@ -10,11 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import STEPS, Problem, Run, mlp, named, quadratic, quadratic_matrix, run
-from reference import recursions
-from reference.recursions import Tree, norm, unit
 
 import msam_optax as mo
+from tests.problems import (
+    STEPS,
+    Problem,
+    Run,
+    mlp,
+    named,
+    quadratic,
+    quadratic_matrix,
+    run,
+)
+from tests.reference import recursions
+from tests.reference.recursions import Tree, norm, unit
 
 pytestmark = pytest.mark.usefixtures("x64")
 

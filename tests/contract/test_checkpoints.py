@@ -13,13 +13,12 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import resuming
-import resuming_processes
-from problems import Problem, mlp, quadratic
-from reference import recursions
-from resuming import ALIASES, EMPLOYING, SAVED, STEPS, digest, restore, save
 
 import msam_optax as mo
+from tests import resuming, resuming_processes
+from tests.problems import Problem, mlp, quadratic
+from tests.reference import recursions
+from tests.resuming import ALIASES, EMPLOYING, SAVED, STEPS, digest, restore, save
 
 
 def assert_same_bits(tree: Any, other: Any) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from problems import quadratic_matrix
 
 import msam_optax as mo
 from msam_optax import sharpness
+from tests.problems import quadratic_matrix
 
 SIZES = (6, 2, 6)  # of the batches; one of them weighs as its examples do
 
