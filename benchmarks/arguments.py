@@ -4,10 +4,9 @@ import argparse
 import math
 from typing import Any, NoReturn
 
-import data
-import models
-import training
 from jax.sharding import Mesh
+
+from benchmarks.tasks import data, models, training
 
 
 class Parser(argparse.ArgumentParser):

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import arguments
-import distributed
 import jax
 import numpy as np
-import optimizers
-import report
-import training
-from report_compare import (
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks import arguments, distributed
+from benchmarks.reports import report
+from benchmarks.reports.comparison import (
     TABLE_WIDTH,
     Contender,
     Run,
@@ -29,8 +29,7 @@ from report_compare import (
     save,
     summarise,
 )
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from benchmarks.tasks import optimizers, training
 
 # One radius for all methods, in the unit of the parameters.
 SHARPNESS_RADIUS = 0.1

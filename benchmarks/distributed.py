@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import arguments
-import data
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +24,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import msam_optax
+from benchmarks import arguments
+from benchmarks.tasks import data
 
 # Of the digits; the batch is shared out among all devices.
 _STEPS, _BATCH_SIZE, _WIDTH = 22, 64, 32

@@ -14,23 +14,20 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import arguments
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optimizers
-import report
-import step_cost
-import tables
-import timing
-import workloads
-from cost_methods import METHODS
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from rich.console import Console
 
 import msam_optax
+from benchmarks import arguments, step_cost
+from benchmarks.costs import timing
+from benchmarks.costs.methods import METHODS
+from benchmarks.reports import report, tables
+from benchmarks.tasks import optimizers, workloads
 
 _DEVICES = {"quick": (8,), "cpu": (1, 2, 4, 8)}
 _PARAMETERS = {"quick": (100_000, 1_000_000), "cpu": (10**5, 10**6, 10**7, 10**8)}

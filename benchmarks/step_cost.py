@@ -17,16 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import arguments
 import jax
 import jax.numpy as jnp
 import optax
-import optimizers
-import report
-import tables
-import timing
-import workloads
-from cost_methods import (
+from rich.console import Console
+
+import msam_optax
+from benchmarks import arguments
+from benchmarks.costs import timing
+from benchmarks.costs.methods import (
     ACCELERATOR_BARS,
     CPU_BARS,
     METHODS,
@@ -34,7 +33,8 @@ from cost_methods import (
     Bars,
     Method,
 )
-from report_step_cost import (
+from benchmarks.reports import report, tables
+from benchmarks.reports.step_costs import (
     Measured,
     PeerCost,
     StepCost,
@@ -42,9 +42,7 @@ from report_step_cost import (
     print_report,
     save,
 )
-from rich.console import Console
-
-import msam_optax
+from benchmarks.tasks import optimizers, workloads
 
 # Every branch of every optimizer but the one that never employs runs in these.
 _WARM_UP_STEPS = 5
@@ -291,9 +289,10 @@ def measure_peers(
         workload._asdict() for workload in chosen if workload.model in ("mlp", "cnn")
     ]
     progress("PyTorch's optimizers")
-    script = Path(__file__).with_name("peers_torch.py")
     process = subprocess.run(
-        [python, str(script)],
+        # Another interpreter, in which this project is not installed.
+        [python, "-m", "benchmarks.costs.peers_torch"],
+        cwd=Path(__file__).resolve().parents[1],
         input=json.dumps(settings),
         stdout=subprocess.PIPE,
         text=True,

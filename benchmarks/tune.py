@@ -13,11 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import arguments
 import numpy as np
-import optimizers
-import report
-import training
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,6 +22,10 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+from benchmarks import arguments
+from benchmarks.reports import report
+from benchmarks.tasks import optimizers, training
 
 
 class Trial(NamedTuple):

@@ -23,7 +23,7 @@ def run(script: ModuleType, out: Path, *flags: str) -> list[Row]:
     """
     argv = [*FAST, "--epochs", "1", "--seeds", "2", *flags, "--out", str(out)]
     assert script.main(argv) == 0
-    name = script.__name__
+    name = script.__name__.rpartition(".")[2]
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
     assert written["command"].startswith(f"python benchmarks/figures/{name}.py --quick")

@@ -14,11 +14,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import common
 import numpy as np
-import optimizers
 from matplotlib.figure import Figure
 
+from benchmarks.figures import common
+from benchmarks.tasks import optimizers
 from msam_optax import plotting
 from msam_optax.plotting import Estimates
 

@@ -18,10 +18,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import common
-import over_rho
 from matplotlib.figure import Figure
-from over_rho import Sweep
+
+from benchmarks.figures import common, over_rho
+from benchmarks.figures.over_rho import Sweep
 
 MSAM_RHOS = (-0.3, 0.3, 0.7, 1.4, 2.0)
 SAM_RHOS = (-0.1, 0.1, 0.2, 0.4)

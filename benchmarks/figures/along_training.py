@@ -5,14 +5,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-import common
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import training
 
 import msam_optax
+from benchmarks.figures import common
+from benchmarks.tasks import training
 
 
 class Moment(NamedTuple):

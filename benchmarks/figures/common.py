@@ -11,18 +11,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `benchmarks/*.py`
-
-import arguments
 import numpy as np
 import optax
-import optimizers
-import report
-import training
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks import arguments
+from benchmarks.reports import report
+from benchmarks.tasks import optimizers, training
 from msam_optax.plotting import Estimates
 
 # What minutes on two cores show, and what an accelerator is for.

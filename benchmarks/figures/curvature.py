@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import common
 import jax
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from networks import networks
 
+from benchmarks.figures import common
+from benchmarks.figures.networks import networks
 from msam_optax.plotting import plot_estimates
 from msam_optax.sharpness import curvature_along, hessian_trace
 

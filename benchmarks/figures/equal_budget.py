@@ -17,9 +17,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import common
 from matplotlib.figure import Figure
 
+from benchmarks.figures import common
 from msam_optax.plotting import plot_estimates
 
 # Gradients a step.

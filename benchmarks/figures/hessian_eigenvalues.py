@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import common
 from matplotlib.figure import Figure
-from networks import networks
 
+from benchmarks.figures import common
+from benchmarks.figures.networks import networks
 from msam_optax.plotting import plot_eigenvalues
 from msam_optax.sharpness import hessian_eigenvalues, hessian_trace
 

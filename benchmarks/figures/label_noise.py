@@ -15,12 +15,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import common
-import report
-import tables
-import training
 from matplotlib.figure import Figure
 
+from benchmarks.figures import common
+from benchmarks.reports import report, tables
+from benchmarks.tasks import training
 from msam_optax import plotting
 
 METHODS = ("sgd", "nag", "msam", "looksam", "ae_sam", "sam")

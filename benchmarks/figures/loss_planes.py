@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import common
 import numpy as np
 import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from networks import networks, unit
 
+from benchmarks.figures import common
+from benchmarks.figures.networks import networks, unit
 from msam_optax.plotting import plot_plane
 from msam_optax.sharpness import loss_on_plane
 

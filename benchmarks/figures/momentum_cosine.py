@@ -19,13 +19,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
 import optax
-from along_training import Moment, measured
 from matplotlib.figure import Figure
 
+from benchmarks.figures import common
+from benchmarks.figures.along_training import Moment, measured
 from msam_optax.plotting import plot_estimates
 
 METHODS = ("sgd", "msam", "sam")

@@ -4,11 +4,11 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import common
 import flax.linen as nn
 import jax
 import optax
 
+from benchmarks.figures import common
 from msam_optax.sharpness import filter_normalized_direction, mean_gradient
 
 # Examples at once, so that large data sets fit into memory.

@@ -24,13 +24,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import common
 import optax
-import optimizers
-import over_rho
 from matplotlib.figure import Figure
 
 import msam_optax
+from benchmarks.figures import common, over_rho
+from benchmarks.tasks import optimizers
 
 
 class Variant(NamedTuple):

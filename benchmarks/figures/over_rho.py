@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import common
-import training
 from matplotlib.axes import Axes
 
+from benchmarks.figures import common
+from benchmarks.tasks import training
 from msam_optax.plotting import Estimates, plot_estimates
 
 # Without a perturbation.

@@ -17,11 +17,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import common
 import jax
-from along_training import Measure, Moment, measured, perturbed
 from matplotlib.figure import Figure
 
+from benchmarks.figures import common
+from benchmarks.figures.along_training import Measure, Moment, measured, perturbed
 from msam_optax.plotting import plot_estimates
 
 LOOKS = 10

@@ -10,16 +10,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import common
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optimizers
-import training
 from matplotlib.figure import Figure
 
 import msam_optax
+from benchmarks.figures import common
+from benchmarks.tasks import optimizers, training
 from msam_optax import plotting
 
 # A full run has tens of thousands of steps: this many of each epoch are kept.

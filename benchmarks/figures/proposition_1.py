@@ -17,14 +17,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import common
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from networks import Network, networks
 
+from benchmarks.figures import common
+from benchmarks.figures.networks import Network, networks
 from msam_optax.plotting import Estimates, plot_estimates
 from msam_optax.sharpness import hessian_trace, loss_on_line
 

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import common
 import numpy as np
 from matplotlib.figure import Figure
-from networks import networks
 
+from benchmarks.figures import common
+from benchmarks.figures.networks import networks
 from msam_optax.plotting import plot_line
 from msam_optax.sharpness import loss_on_line
 

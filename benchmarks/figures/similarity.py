@@ -42,14 +42,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
 import optax
-from along_training import Moment, measured, perturbed
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.figures import common
+from benchmarks.figures.along_training import Moment, measured, perturbed
 from msam_optax.plotting import plot_estimates
 
 METHODS = ("sgd", "msam")

@@ -15,17 +15,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import common
-import data
 import matplotlib
 import numpy as np
-import report
-import tables
-import training
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from stability_ranges import TOLERANCE, Rows, range_tables
-from stability_variants import (
+
+from benchmarks.figures import common
+from benchmarks.figures.stability_ranges import TOLERANCE, Rows, range_tables
+from benchmarks.figures.stability_variants import (
     CLIP_SHARE,
     VARIANTS,
     WARM_UP_SHARE,
@@ -33,7 +30,8 @@ from stability_variants import (
     compiled,
     final_state,
 )
-
+from benchmarks.reports import report, tables
+from benchmarks.tasks import data, training
 from msam_optax import plotting
 
 # What is varied, one at a time, around the usual learning rate and momentum.

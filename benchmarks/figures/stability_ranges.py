@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import common
 import numpy as np
-import report
-import tables
+
+from benchmarks.figures import common
+from benchmarks.reports import report, tables
 
 # A rho is good whose accuracy is not further below the best of the same seed.
 TOLERANCE = 0.01

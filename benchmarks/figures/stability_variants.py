@@ -3,15 +3,14 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import data
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import training
 
 import msam_optax
+from benchmarks.tasks import data, training
 from msam_optax.flax.linen import init_linen, linen_loss
 
 # How much of the training goes without a perturbation in "zero in warm-up".

@@ -6,21 +6,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-import compare
-import data
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import optax
-import optimizers
 import pytest
-import report
-import training
-import tune
-from report_compare import Contender, Run, summarise
 
 import msam_optax
+from benchmarks import compare, tune
+from benchmarks.reports import report
+from benchmarks.reports.comparison import Contender, Run, summarise
+from benchmarks.tasks import data, models, optimizers, training
 
 FAST = ["--dataset", "digits", "--epochs", "2", "--batch-size", "256"]
 

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import data
 import numpy as np
 import pytest
+
+from benchmarks.tasks import data
 
 
 def standardised(images: np.ndarray, train_images: np.ndarray) -> np.ndarray:

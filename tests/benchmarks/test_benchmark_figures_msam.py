@@ -6,24 +6,25 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import accuracy_against_rho
-import common
-import equal_budget
 import jax
 import jax.numpy as jnp
-import momentum_cosine
-import normalization
 import numpy as np
 import optax
-import optimizers
-import over_rho
-import perturbation_effect
 import pytest
-import similarity
-import training
-from along_training import Moment, measured
 
 import msam_optax
+from benchmarks.figures import (
+    accuracy_against_rho,
+    common,
+    equal_budget,
+    momentum_cosine,
+    normalization,
+    over_rho,
+    perturbation_effect,
+    similarity,
+)
+from benchmarks.figures.along_training import Moment, measured
+from benchmarks.tasks import optimizers, training
 from tests import figure_scripts, problems
 from tests.figure_scripts import FAST
 

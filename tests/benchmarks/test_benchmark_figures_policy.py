@@ -6,23 +6,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import accuracy_against_cost
-import common
 import jax
 import jax.numpy as jnp
-import label_noise
 import numpy as np
 import optax
-import optimizers
-import policy_trace
 import pytest
-import run_all
-import stability
-import stability_ranges
-import stability_variants
-from stability_variants import Base, Point
 
 import msam_optax
+from benchmarks import run_figures
+from benchmarks.figures import (
+    accuracy_against_cost,
+    common,
+    label_noise,
+    policy_trace,
+    stability,
+    stability_ranges,
+    stability_variants,
+)
+from benchmarks.figures.stability_variants import Base, Point
+from benchmarks.tasks import optimizers
 from tests.figure_scripts import FAST, run
 
 STEPS = 5
@@ -247,7 +249,7 @@ def test_good_range_by_hand() -> None:
 # All of them.
 
 
-def test_run_all_finds_scripts_and_reports_failures(
+def test_run_figures_finds_scripts_and_reports_failures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main = 'if __name__ == "__main__":\n    '
@@ -256,38 +258,38 @@ def test_run_all_finds_scripts_and_reports_failures(
     )
     (tmp_path / "shared.py").write_text("raise ValueError")
     flags = ["--out", str(tmp_path / "flags.txt")]
-    assert run_all.main(["--jobs", "2", *flags], tmp_path) == 0
+    assert run_figures.main(["--jobs", "2", *flags], tmp_path) == 0
     assert (tmp_path / "flags.txt").read_text() == " ".join(flags)
     assert "shared" not in capsys.readouterr().out
     (tmp_path / "bad.py").write_text(f"{main}raise SystemExit('no [such] data')")
-    assert run_all.main(flags, tmp_path) == 1
+    assert run_figures.main(flags, tmp_path) == 1
     printed = capsys.readouterr().out
     assert "good" in printed and "bad ended with 1" in printed
     assert "no [such] data" in printed
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell the cores")
-def test_run_all_shares_out_the_cores(
+def test_run_figures_shares_out_the_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 5})
-    assert run_all.shares(1) == [{1, 3, 5}]
-    assert run_all.shares(2) == [{1}, {3}]  # as many for each
-    assert run_all.shares(4) == [{1, 3, 5}] * 4
+    assert run_figures.shares(1) == [{1, 3, 5}]
+    assert run_figures.shares(2) == [{1}, {3}]  # as many for each
+    assert run_figures.shares(4) == [{1, 3, 5}] * 4
     monkeypatch.undo()
     core = min(os.sched_getaffinity(0))
-    monkeypatch.setattr(run_all, "shares", lambda jobs: [{core}])
+    monkeypatch.setattr(run_figures, "shares", lambda jobs: [{core}])
     (tmp_path / "script.py").write_text(
         "import os, sys\n"
         'if __name__ == "__main__":\n'
         "    open(sys.argv[1], 'w').write(str(os.sched_getaffinity(0)))"
     )
-    assert run_all.main([str(tmp_path / "cores.txt")], tmp_path) == 0
+    assert run_figures.main([str(tmp_path / "cores.txt")], tmp_path) == 0
     assert (tmp_path / "cores.txt").read_text() == str({core})
 
 
-def test_run_all_lists_this_folder() -> None:
-    names = [path.stem for path in run_all.scripts(run_all.FOLDER)]
-    assert {*names[: len(run_all.LONGEST)]} == {*run_all.LONGEST}
-    assert "policy_trace" in names and {"common", "run_all"}.isdisjoint(names)
+def test_run_figures_lists_this_folder() -> None:
+    names = [path.stem for path in run_figures.scripts(run_figures.FOLDER)]
+    assert {*names[: len(run_figures.LONGEST)]} == {*run_figures.LONGEST}
+    assert "policy_trace" in names and "common" not in names
     assert not any(name.startswith("stability_") for name in names)

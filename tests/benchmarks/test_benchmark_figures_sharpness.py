@@ -3,21 +3,23 @@
 from pathlib import Path
 from typing import Any
 
-import common
-import curvature
-import hessian_eigenvalues
 import jax
 import jax.numpy as jnp
-import loss_planes
-import networks
 import numpy as np
 import optax
-import optimizers
-import proposition_1
 import pytest
-import sharpness_directions
 
 import msam_optax
+from benchmarks.figures import (
+    common,
+    curvature,
+    hessian_eigenvalues,
+    loss_planes,
+    networks,
+    proposition_1,
+    sharpness_directions,
+)
+from benchmarks.tasks import optimizers
 from msam_optax.sharpness import mean_gradient, mean_loss, sharpness_along
 from tests.figure_scripts import FAST, Row, run
 

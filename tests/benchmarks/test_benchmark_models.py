@@ -8,9 +8,10 @@ import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import pytest
+
+from benchmarks.tasks import models
 
 # Small enough to compile in a second or two.
 SMALL: dict[str, dict[str, Any]] = {

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import scaling
-import step_cost
-import timing
-from cost_methods import METHODS
-from timing import Sample
+
+from benchmarks import scaling, step_cost
+from benchmarks.costs import timing
+from benchmarks.costs.methods import METHODS
+from benchmarks.costs.timing import Sample
 
 
 def test_ratio_is_taken_within_each_round() -> None:

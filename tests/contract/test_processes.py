@@ -11,17 +11,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import arguments
-import compare
-import data
-import distributed
 import jax
-import models
 import numpy as np
 import optax
 import pytest
-import training
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks import arguments, compare, distributed
+from benchmarks.tasks import data, models, training
 
 BENCHMARKS = pathlib.Path(distributed.__file__).parent
 PROCESSES = 2

@@ -71,7 +71,7 @@ def test_the_main_methods_differ_in_colour_and_in_grey(part):
 
 
 def test_all_methods_of_the_benchmarks_have_a_look():
-    names = Path(__file__).parents[2] / "benchmarks" / "optimizers.py"
+    names = Path(__file__).parents[2] / "benchmarks" / "tasks" / "optimizers.py"
     for node in ast.walk(ast.parse(names.read_text())):
         if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict):
             found = [ast.literal_eval(key) for key in node.value.keys if key]

@@ -338,7 +338,7 @@ def test_importing_the_package_brings_neither_flax_nor_matplotlib():
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem
+    "path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda p: p.stem
 )
 def test_benchmarks_use_public_names_only(path):
     for name in imports_of(path):

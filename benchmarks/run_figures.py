@@ -1,6 +1,6 @@
 """Runs all scripts of figures, each in a process of its own, with the flags given.
 
-python benchmarks/figures/run_all.py --quick --jobs 2
+python benchmarks/run_figures.py --quick --jobs 2
 
 Scripts that run at the same time share out the cores, and all share JAX's compilation
 cache. Results depend on the number of cores that a script has: sums are rounded
@@ -20,14 +20,12 @@ from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `benchmarks/*.py`
-
-import arguments
-import report
-import tables
 from rich.console import Console
 
-FOLDER = Path(__file__).resolve().parent
+from benchmarks import arguments
+from benchmarks.reports import report, tables
+
+FOLDER = Path(__file__).resolve().with_name("figures")
 # They start first, so that none of them is left to run alone at the end.
 LONGEST = ("stability", "accuracy_against_cost", "label_noise")
 
@@ -53,7 +51,7 @@ def scripts(folder: Path) -> list[Path]:
     found = [
         path
         for path in sorted(folder.glob("*.py"))
-        if path != Path(__file__).resolve() and "__main__" in path.read_text("utf-8")
+        if "__main__" in path.read_text("utf-8")
     ]
     return sorted(found, key=lambda path: path.stem not in LONGEST)
 

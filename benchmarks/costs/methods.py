@@ -1,7 +1,7 @@
 """The optimizers whose cost is measured, and the bars they have to meet.
 
-Those of `optimizers.py` decay the weights and the learning rate; here they are bare, so
-that the base is as cheap as it can be and the ratio to it as high.
+Those of `tasks/optimizers.py` decay the weights and the learning rate; here they are
+bare, so that the base is as cheap as it can be and the ratio to it as high.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from optimizers import MOMENTUM
 
 import msam_optax
+from benchmarks.tasks.optimizers import MOMENTUM
 
 _LEARNING_RATE = 0.01
 _ADAM_LEARNING_RATE = 1e-4

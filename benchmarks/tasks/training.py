@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-import data
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import msam_optax
+from benchmarks.tasks import data
 from msam_optax.flax.linen import init_linen, linen_loss, recalibrate_batch_stats
 
 # Forward passes without gradients, bounded so that large datasets fit into memory.

@@ -12,7 +12,7 @@ import optax
 
 import msam_optax
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 MOMENTUM = 0.9
 # Six values each, so that all methods are tuned with the same effort. Logarithmic and

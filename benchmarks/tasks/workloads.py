@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import models
 import optax
 
 import msam_optax
+from benchmarks.tasks import models
 from msam_optax.flax.linen import linen_loss
 
 # The cost of a step does not depend on what the images show.

@@ -14,9 +14,10 @@ from importlib.metadata import version
 from typing import Any
 
 import pytorch_optimizer
-import timing
 import torch
 from torch import nn
+
+from benchmarks.costs import timing
 
 _LEARNING_RATE = 0.01
 _MOMENTUM = 0.9

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
-from timing import Spread
+
+from benchmarks.costs.timing import Spread
 
 # Wide enough for all of them, whatever the terminal or file.
 WIDTH = 150

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import report
-import tables
-from cost_methods import Bars
 from matplotlib.figure import Figure
 from rich.console import Console
-from timing import Spread
+
+from benchmarks.costs.methods import Bars
+from benchmarks.costs.timing import Spread
+from benchmarks.reports import report, tables
 
 
 class StepCost(NamedTuple):

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import figures_compare
 import numpy as np
-import report
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.reports import comparison_figures, report
 
 # Wide enough for the table, whatever the terminal or file.
 TABLE_WIDTH = 120
@@ -275,7 +275,7 @@ def _save_figures(out: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[P
             for a in zip(*(r.test_accuracies for r in own), strict=True)
         ]
         curves.append(
-            figures_compare.Curve(
+            comparison_figures.Curve(
                 label=str(row.contender),
                 x=np.mean([run.gradients for run in own], axis=0),
                 mean=np.array([epoch.mean for epoch in epochs]),
@@ -283,7 +283,7 @@ def _save_figures(out: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[P
             )
         )
     paths = [out / "accuracy_gradients.png"]
-    figures_compare.accuracy_against_gradients(curves).savefig(paths[0])
+    comparison_figures.accuracy_against_gradients(curves).savefig(paths[0])
 
     scans = []
     for name in dict.fromkeys(row.contender.optimizer for row in rows):
@@ -291,7 +291,7 @@ def _save_figures(out: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[P
         own_rows.sort(key=lambda row: row.contender.rho or 0.0)
         if len(own_rows) > 1:
             scans.append(
-                figures_compare.Curve(
+                comparison_figures.Curve(
                     label=name,
                     x=np.array([row.contender.rho for row in own_rows]),
                     mean=np.array([row.final_accuracy.mean for row in own_rows]),
@@ -307,5 +307,5 @@ def _save_figures(out: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[P
             if row.contender.rho is None
         }
         paths.append(out / "accuracy_rho.png")
-        figures_compare.accuracy_against_rho(scans, references).savefig(paths[1])
+        comparison_figures.accuracy_against_rho(scans, references).savefig(paths[1])
     return paths

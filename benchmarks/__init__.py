@@ -1,0 +1,1 @@
+"""The comparisons, costs and figures of this project: see README.md."""

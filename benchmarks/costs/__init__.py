@@ -1,0 +1,1 @@
+"""What a step costs: the methods that are timed, and how."""

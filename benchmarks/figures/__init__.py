@@ -1,0 +1,1 @@
+"""The figures, one script each; the others are what they share."""

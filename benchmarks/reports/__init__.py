@@ -1,0 +1,1 @@
+"""What the commands leave behind: tables, files, figures, provenance."""
