@@ -1,16 +1,20 @@
 """Batch statistics of Linen modules at given parameters."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 
-from msam_optax.flax._means import Mean, check_batches
+from msam_optax.flax._inputs import Inputs
+from msam_optax.flax._recalibration import (
+    check_batches,
+    compiled_for,
+    fingerprint,
+    split_arguments,
+    take_anew,
+)
 
 
 def recalibrate_batch_stats(
@@ -18,29 +22,40 @@ def recalibrate_batch_stats(
     params: Any,
     model_state: Any,
     batches: Iterable[Any],
+    *,
+    inputs: Callable[[Any], Any] | None = None,
+    rngs: Sequence[str] = ("dropout",),
     **apply_kwargs: Any,
 ) -> Any:
     """Takes a Linen module's batch statistics anew, as an exact average.
 
-    Each statistic is the mean over the examples of that of their batch: all batches
+    The means and variances of batch norm, which are known by their names and by how
+    they move: each is the mean over the examples of that of their batch. All batches
     count alike, in the place of a running average's tail. As in training, the variance
-    is that within the batches.
+    is that within the batches. What else is in ``batch_stats`` (the vectors of spectral
+    norm, maxima, counters) goes on from batch to batch, as in training. A batch norm
+    that is frozen keeps its statistics, and all other collections stay as they are.
 
-    *Cost*: one forward pass a batch, of which one shape is compiled once.
+    *Cost*: one forward pass a batch, and six more, of which one shape is compiled once.
 
     Args:
       model: a Linen module; its statistics are the collection ``batch_stats``.
       params: where the statistics are taken, :func:`msam_optax.eval_params` of a run.
       model_state: the module's collections other than the parameters.
-      batches: the module's inputs without labels, batch by batch: a list for instance.
+      batches: the module's inputs without labels, batch by batch, in a list or an
+        iterator.
+      inputs: what of a batch the module is called with, where that is not the whole
+        batch; see :class:`msam_optax.flax.linen.Inputs` for several inputs.
+      rngs: names of the module's random streams.
       **apply_kwargs: passed to the module as in training, for instance ``train=True``.
 
     Returns:
       `model_state` with the new ``batch_stats``; as it is for a model without any.
 
     Raises:
-      ValueError: if there are no batches, one batch was given in their place, or the
-        module, called so, takes no statistics.
+      ValueError: if there are no batches, one batch was given in their place, the
+        module, called so, takes no statistics, or what is named as a mean and a
+        variance does not move as a batch norm's.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> from msam_optax.flax.linen import recalibrate_batch_stats
@@ -53,61 +68,31 @@ def recalibrate_batch_stats(
     [1.5] [1.]
     """
     check_batches(batches)
-    if "batch_stats" not in model_state:
+    if not model_state or "batch_stats" not in model_state:
         return model_state
-    update = partial(_linen_statistics, model, tuple(sorted(apply_kwargs.items())))
-    old = model_state["batch_stats"]
+    arrays, static = split_arguments(apply_kwargs)
     variables = {**model_state, "params": params}
-    del variables["batch_stats"]
-    mean, decay = Mean(), None
-    for inputs in batches:
-        if decay is None:
-            decay = _decay(update, variables, old, inputs)
-            # A layer that is frozen normalises by its statistics, and keeps them.
-            running = jax.tree.map(lambda d, s: jnp.where(d == 1, s, 0), decay, old)
-        mean.add(update(variables, running, inputs), inputs)
-    statistics = jax.tree.map(
-        lambda t, d, s: s if jnp.all(d == 1) else t / _share(d),
-        mean.result(),
-        decay,
+    old = variables.pop("batch_stats")
+    step = compiled_for(_pass, model, tuple(rngs), static)
+    new = take_anew(
+        partial(step, variables, arrays),
         old,
+        jax.random.key(0),
+        (Inputs.of(b if inputs is None else inputs(b)) for b in batches),
     )
-    return {**model_state, "batch_stats": statistics}
+    return {**model_state, "batch_stats": new}
 
 
-def _decay(update: Any, variables: Any, statistics: Any, inputs: Any) -> Any:
-    """Of the running averages; 1 where the module takes no statistics.
-
-    A step of the running average is decay * running + (1 - decay) * batch. The step
-    from ones less that from zeros is the decay, exactly in a network of zeros, whose
-    batch statistics are 0.
-    """
-    network = {**variables, "params": optax.tree.zeros_like(variables["params"])}
-    inputs = jax.tree.map(jnp.zeros_like, inputs)
-    decay = optax.tree.sub(
-        update(network, optax.tree.ones_like(statistics), inputs),
-        update(network, optax.tree.zeros_like(statistics), inputs),
-    )
-    if all(bool(jnp.all(d == 1)) for d in jax.tree.leaves(decay)):
-        raise ValueError(
-            "The module left its batch statistics as they are: call it as in training, "
-            "recalibrate_batch_stats(..., train=True) for instance."
-        )
-    return decay
-
-
-def _share(decay: jax.Array) -> float:
-    """1 - decay, from the number that was written: 1 - float32(0.99) is off by 2e-6."""
-    return 1 - float(str(np.asarray(decay).flat[0]))
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _linen_statistics(model, apply_kwargs, variables, statistics, inputs):
-    _, updated = model.apply(
+def _pass(model, rngs, static, variables, arrays, statistics, key, inputs):
+    key, *keys = jax.random.split(key, 1 + len(rngs))
+    outputs, updated = model.apply(
         {**variables, "batch_stats": statistics},
-        inputs,
-        mutable=["batch_stats"],
-        rngs={"dropout": jax.random.key(0)},
-        **dict(apply_kwargs),
+        *inputs.args,
+        # Not only batch_stats: a module may write other collections as well.
+        mutable=[*variables, "batch_stats"],
+        rngs=dict(zip(rngs, keys, strict=True)),
+        **inputs.kwargs,
+        **arrays,
+        **dict(static),
     )
-    return updated["batch_stats"]
+    return fingerprint(outputs), updated["batch_stats"], key

@@ -1,32 +1,47 @@
 """Batch statistics of NNX modules at given parameters."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
 
-from msam_optax.flax._means import Mean, check_batches
+from msam_optax.flax._inputs import Inputs
+from msam_optax.flax._recalibration import (
+    check_batches,
+    compiled_for,
+    fingerprint,
+    split_arguments,
+    take_anew,
+)
 
 
 def recalibrate_batch_stats(
-    model: nnx.Module, batches: Iterable[Any], **call_kwargs: Any
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    inputs: Callable[[Any], Any] | None = None,
+    **call_kwargs: Any,
 ) -> None:
     """Takes an NNX module's batch statistics anew, as an exact average, in place.
 
-    As :func:`msam_optax.flax.linen.recalibrate_batch_stats`, at the parameters that the
-    module holds; see :func:`msam_optax.flax.nnx.eval_model`. Random streams and other
-    state, the mode of training or evaluation included, stay as they are.
+    As :func:`msam_optax.flax.linen.recalibrate_batch_stats`, of the module's
+    ``nnx.BatchStat``, at the parameters that the module holds; see
+    :func:`msam_optax.flax.nnx.eval_model`. Random streams and all other state stay as
+    they are, and so does the mode: a module in evaluation mode is run in training mode,
+    one of which some normalisations are frozen (``use_running_average``) as it is.
 
     Args:
-      model: an NNX module, all of whose batch norm layers are ``nnx.BatchNorm``.
-      batches: the module's inputs without labels, batch by batch: a list for instance.
-      **call_kwargs: passed to the module.
+      model: an NNX module.
+      batches: the module's inputs without labels, batch by batch, in a list or an
+        iterator.
+      inputs: what of a batch the module is called with, where that is not the whole
+        batch; see :class:`msam_optax.flax.nnx.Inputs` for several inputs.
+      **call_kwargs: passed to the module, for instance ``rngs=nnx.Rngs(0)``.
 
     Raises:
-      ValueError: if there are no batches, but batch statistics, or one batch was given
-        in their place.
+      ValueError: as :func:`msam_optax.flax.linen.recalibrate_batch_stats`.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -38,23 +53,38 @@ def recalibrate_batch_stats(
     [1.5] [1.]
     """
     check_batches(batches)
-    training = nnx.clone(model)
-    training.train()
-    for _, module in nnx.iter_modules(training):
-        if isinstance(module, nnx.BatchNorm):
-            module.momentum = 0.0  # the running average is the last batch's
-    graphdef, state = nnx.split(training)
-    if not jax.tree.leaves(nnx.state(training, nnx.BatchStat)):
+    if not jax.tree.leaves(nnx.state(model, nnx.BatchStat)):
         return
-    update = partial(_nnx_statistics, graphdef, tuple(sorted(call_kwargs.items())))
-    mean = Mean()
-    for inputs in batches:
-        mean.add(update(state, inputs), inputs)
-    nnx.update(model, mean.result())
+    training = nnx.clone(model)
+    frozen = [
+        module.use_running_average
+        for _, module in nnx.iter_modules(training)
+        if hasattr(module, "use_running_average")
+    ]
+    if all(frozen):
+        training.train()
+    arrays, static = split_arguments(call_kwargs)
+    graphdef, statistics, streams, rest = _split(training, arrays)
+    new = take_anew(
+        partial(compiled_for(_pass, graphdef, static), rest),
+        nnx.as_pure(statistics),
+        nnx.as_pure(streams),
+        (Inputs.of(b if inputs is None else inputs(b)) for b in batches),
+    )
+    nnx.update((model,), new)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _nnx_statistics(graphdef, call_kwargs, state, inputs):
-    model = nnx.merge(graphdef, state, copy=True)
-    model(inputs, **dict(call_kwargs))
-    return nnx.state(model, nnx.BatchStat)
+def _split(model: nnx.Module, arrays: Any) -> Any:
+    is_statistic = nnx.filterlib.to_predicate(nnx.BatchStat)
+
+    def of_the_model(path, variable):
+        return path[0] == 0 and is_statistic(path, variable)
+
+    return nnx.split((model, arrays), of_the_model, nnx.RngState, ...)
+
+
+def _pass(graphdef, static, rest, statistics, streams, inputs):
+    model, arrays = nnx.merge(graphdef, statistics, streams, rest, copy=True)
+    outputs = model(*inputs.args, **inputs.kwargs, **arrays, **dict(static))
+    _, statistics, streams, _ = _split(model, arrays)
+    return fingerprint(outputs), nnx.as_pure(statistics), nnx.as_pure(streams)

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from msam_optax.flax._inputs import Inputs
 from msam_optax.flax._nnx_statistics import recalibrate_batch_stats
 from msam_optax.training._state import TrainState
 from msam_optax.training._step import LossFn, loss_and_aux
 from msam_optax.transforms._eval_params import eval_params
 
 __all__ = [
+    "Inputs",
     "eval_model",
     "init_nnx",
     "nnx_loss",
