@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -21,8 +22,8 @@ class Estimate(NamedTuple):
 
     Attributes:
       mean: over the runs; NaN for none.
-      interval: half the width of the 68% confidence interval of the mean; NaN for
-        less than two runs.
+      interval: half the width of the confidence interval of the mean; NaN for less
+        than two runs.
     """
 
     mean: float
@@ -35,8 +36,8 @@ class Estimate(NamedTuple):
         return mean if single else f"{mean} ± {100 * self.interval:.1f}"
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and 68% interval, from Student's t since the runs are few."""
+def estimate(values: Sequence[float], level: float = 0.68) -> Estimate:
+    """Mean and interval (68% if not said), from Student's t for few runs."""
     count = len(values)
     mean = float(np.mean(values)) if count else math.nan
     if count < 2:
@@ -44,15 +45,16 @@ def estimate(values: Sequence[float]) -> Estimate:
     with np.errstate(invalid="ignore"):  # The loss of a diverged run may be infinite.
         error = float(np.std(values, ddof=1)) / math.sqrt(count)
     # An interval of 68% leaves 16% on either side.
-    return Estimate(mean, float(stats.t.ppf(0.84, count - 1)) * error)
+    return Estimate(mean, float(stats.t.ppf((1 + level) / 2, count - 1)) * error)
 
 
 def provenance(script: str, argv: Sequence[str]) -> dict[str, Any]:
-    """What is needed to repeat a measurement: command, versions and machine."""
+    """What is needed to repeat a measurement: command, code, versions and machine."""
     packages = ("jax", "jaxlib", "optax", "flax", "msam_optax", "numpy")
     device = jax.devices()[0]
     return {
         "command": shlex.join(["python", f"benchmarks/{script}", *argv]),
+        "commit": commit(),
         "versions": {
             "python": platform.python_version(),
             **{package: version(package) for package in packages},
@@ -65,6 +67,21 @@ def provenance(script: str, argv: Sequence[str]) -> dict[str, Any]:
             "platform": device.platform,
         },
     }
+
+
+def commit() -> str:
+    """The commit of the code, with a + where files differ; empty without Git."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(folder), *args]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except OSError:
+        return ""
 
 
 def write_json(path: Path, content: Any) -> None:

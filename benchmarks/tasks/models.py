@@ -191,6 +191,41 @@ class ViT(nn.Module):
         return nn.Dense(self.num_classes)(norm()(x)[:, 0])
 
 
+class CharacterTransformer(nn.Module):
+    """A small causal transformer with the norm first (Radford et al. 2019).
+
+    Called with int[batch, length], and returns the logits of each next character.
+
+    Reference: "Language Models are Unsupervised Multitask Learners".
+
+    Attributes:
+      num_classes: how many characters there are.
+      width: of the embedding; the hidden layer of a block is four times as wide.
+      depth: number of blocks.
+      heads: number of attention heads.
+    """
+
+    num_classes: int
+    width: int = 32
+    depth: int = 2
+    heads: int = 2
+
+    @nn.compact
+    def __call__(self, characters: jax.Array, *, train: bool) -> jax.Array:
+        del train
+        length = characters.shape[1]
+        x = nn.Embed(self.num_classes, self.width)(characters)
+        x = x + self.param(
+            "positions", nn.initializers.normal(0.02), (length, self.width)
+        )
+        causal = nn.make_causal_mask(characters)
+        for _ in range(self.depth):
+            x = x + nn.MultiHeadAttention(self.heads)(nn.LayerNorm()(x), mask=causal)
+            y = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
+            x = x + nn.Dense(self.width)(y)
+        return nn.Dense(self.num_classes)(nn.LayerNorm()(x))
+
+
 _MODELS: dict[str, type[nn.Module]] = {
     "mlp": MLP,
     "cnn": CNN,

@@ -11,18 +11,26 @@ from typing import NamedTuple
 import optax
 
 import msam_optax
+from benchmarks.tasks.search import Space, axis
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 MOMENTUM = 0.9
-# Six values each, so that all methods are tuned with the same effort. Logarithmic and
-# wide: with random labels the best learning rate is far below the usual one, and the
-# best rho depends on it.
-SGD_LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-ADAM_LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-SAM_RHOS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-ASAM_RHOS = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-MSAM_RHOS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+# What the search draws from at first; the learning rates three and then ten times the
+# first, the rest 1, 2, 5, 10 times.
+SGD_RATES = axis(0.001, 0.3, (1, 3))
+ADAM_RATES = axis(3e-5, 0.01, (1, 3))
+DECAYS = axis(0.001, 0.1)
+SAM_RHOS = axis(0.05, 1.0)
+ASAM_RHOS = axis(0.5, 10.0)
+MSAM_RHOS = axis(0.2, 5.0)
+SGD = Space(SGD_RATES, DECAYS)
+SAM = Space(SGD_RATES, DECAYS, SAM_RHOS)
+ASAM = SAM._replace(rho=ASAM_RHOS)
+MSAM = SAM._replace(rho=MSAM_RHOS)
+ADAM = Space(ADAM_RATES, axis(1e-5, 0.01))
+# AdamW's decay is multiplied with its small learning rate.
+ADAMW = Space(ADAM_RATES, axis(0.05, 10.0))
 
 
 class Setting(NamedTuple):
@@ -34,6 +42,7 @@ class Setting(NamedTuple):
       weight_decay: lambda; decoupled in AdamW, part of the gradient elsewhere.
       total_steps: number of steps of the whole training.
       momentum: of SGD, and the decay of Adam's first moment.
+      seed: of what an optimizer draws.
     """
 
     learning_rate: float
@@ -41,33 +50,39 @@ class Setting(NamedTuple):
     weight_decay: float
     total_steps: int
     momentum: float = MOMENTUM
+    seed: int = 0
 
     @property
     def schedule(self) -> optax.Schedule:
         return optax.cosine_decay_schedule(self.learning_rate, self.total_steps)
 
 
+Build = Callable[[Setting], optax.GradientTransformation]
+
+
 class Method(NamedTuple):
-    """A way to train, with the one hyper-parameter of it that is tuned.
+    """A way to train.
 
     Attributes:
       build: makes the optimizer.
-      default: what the tuned hyper-parameter is where it was not tuned.
-      grid: the values that `tune.py` tries, in ascending order.
-      base: the method whose learning rate this one takes over: then rho is what is
-        tuned. Without one it is the learning rate, and the method has no rho.
+      default: rho where it was not tuned, or the learning rate of a method without
+        one.
+      space: what `study.py` draws its hyper-parameters from.
+      base: the method whose learning rate this one takes over where it was not tuned;
+        a method without one has no rho.
       extra_gradient: of how much of the batch the second gradient is, where there is
         one; ESAM's forward pass over the whole batch is not counted.
     """
 
-    build: Callable[[Setting], optax.GradientTransformation]
+    build: Build
     default: float
-    grid: tuple[float, ...]
+    space: Space
     base: str | None = None
     extra_gradient: float = 1.0
 
 
-def _sgd(setting: Setting, nesterov: bool = False) -> optax.GradientTransformation:
+def sgd(setting: Setting, nesterov: bool = False) -> optax.GradientTransformation:
+    """SGD with weight decay in the gradient."""
     return optax.chain(
         optax.add_decayed_weights(setting.weight_decay),
         optax.sgd(setting.schedule, setting.momentum, nesterov),
@@ -76,9 +91,9 @@ def _sgd(setting: Setting, nesterov: bool = False) -> optax.GradientTransformati
 
 def _around_sgd(
     method: Callable[..., optax.GradientTransformation],
-) -> Callable[[Setting], optax.GradientTransformation]:
+) -> Build:
     """A method as it comes, around SGD."""
-    return lambda setting: method(_sgd(setting), setting.rho)
+    return lambda setting: method(sgd(setting), setting.rho)
 
 
 def _msam(setting: Setting) -> optax.GradientTransformation:
@@ -113,7 +128,7 @@ def _adamw_msam(setting: Setting) -> optax.GradientTransformation:
 
 
 def _ae_looksam(setting: Setting) -> optax.GradientTransformation:
-    return msam_optax.ae_looksam(_sgd(setting), setting.rho, setting.total_steps)
+    return msam_optax.ae_looksam(sgd(setting), setting.rho, setting.total_steps)
 
 
 def _gsam(setting: Setting) -> optax.GradientTransformation:
@@ -124,49 +139,95 @@ def _gsam(setting: Setting) -> optax.GradientTransformation:
         rho_min=setting.rho / 10,
         learning_rate_max=setting.learning_rate,
     )
-    return msam_optax.gsam(_sgd(setting), rho)
+    return msam_optax.gsam(sgd(setting), rho)
 
 
 def _wsam_decoupled(setting: Setting) -> optax.GradientTransformation:
-    return msam_optax.wsam(_sgd(setting), setting.rho, learning_rate=setting.schedule)
+    return msam_optax.wsam(sgd(setting), setting.rho, learning_rate=setting.schedule)
 
 
 def _ae_sam(setting: Setting) -> optax.GradientTransformation:
-    return msam_optax.ae_sam(_sgd(setting), setting.rho, setting.total_steps)
+    return msam_optax.ae_sam(sgd(setting), setting.rho, setting.total_steps)
 
 
 METHODS: dict[str, Method] = {
-    "sgd": Method(_sgd, 0.1, SGD_LEARNING_RATES),
-    "nag": Method(lambda s: _sgd(s, nesterov=True), 0.1, SGD_LEARNING_RATES),
-    "adam": Method(_adam, 1e-3, ADAM_LEARNING_RATES),
-    "adamw": Method(_adamw, 1e-3, ADAM_LEARNING_RATES),
-    "sam": Method(_around_sgd(msam_optax.sam), 0.1, SAM_RHOS, "sgd"),
-    "asam": Method(_around_sgd(msam_optax.asam), 1.0, ASAM_RHOS, "sgd"),
-    "fisher_sam": Method(_around_sgd(msam_optax.fisher_sam), 0.1, SAM_RHOS, "sgd"),
-    "friendly_sam": Method(_around_sgd(msam_optax.friendly_sam), 0.1, SAM_RHOS, "sgd"),
-    "gsam": Method(_gsam, 0.1, SAM_RHOS, "sgd"),
+    "sgd": Method(sgd, 0.1, SGD),
+    "nag": Method(lambda s: sgd(s, nesterov=True), 0.1, SGD),
+    "adam": Method(_adam, 1e-3, ADAM),
+    "adamw": Method(_adamw, 1e-3, ADAMW),
+    "sam": Method(_around_sgd(msam_optax.sam), 0.1, SAM, "sgd"),
+    "asam": Method(_around_sgd(msam_optax.asam), 1.0, ASAM, "sgd"),
+    "fisher_sam": Method(_around_sgd(msam_optax.fisher_sam), 0.1, SAM, "sgd"),
+    "friendly_sam": Method(_around_sgd(msam_optax.friendly_sam), 0.1, SAM, "sgd"),
+    "gsam": Method(_gsam, 0.1, SAM, "sgd"),
     "gradient_norm_penalty": Method(
-        _around_sgd(msam_optax.gradient_norm_penalty), 0.1, SAM_RHOS, "sgd"
+        _around_sgd(msam_optax.gradient_norm_penalty), 0.1, SAM, "sgd"
     ),
-    "wsam": Method(_around_sgd(msam_optax.wsam), 0.05, SAM_RHOS, "sgd"),
-    "wsam_decoupled": Method(_wsam_decoupled, 0.05, SAM_RHOS, "sgd"),
-    "ss_sam": Method(_around_sgd(msam_optax.ss_sam), 0.1, SAM_RHOS, "sgd"),
-    "ae_sam": Method(_ae_sam, 0.1, SAM_RHOS, "sgd"),
-    "looksam": Method(_around_sgd(msam_optax.looksam), 0.1, SAM_RHOS, "sgd"),
-    "ae_looksam": Method(_ae_looksam, 0.1, SAM_RHOS, "sgd"),
-    "esam": Method(_around_sgd(msam_optax.esam), 0.1, SAM_RHOS, "sgd", 0.5),
-    "msam": Method(_msam, 1.0, MSAM_RHOS, "sgd"),
-    "adamw_msam": Method(_adamw_msam, 1.0, MSAM_RHOS, "adamw"),
+    "wsam": Method(_around_sgd(msam_optax.wsam), 0.05, SAM, "sgd"),
+    "wsam_decoupled": Method(_wsam_decoupled, 0.05, SAM, "sgd"),
+    "ss_sam": Method(_around_sgd(msam_optax.ss_sam), 0.1, SAM, "sgd"),
+    "ae_sam": Method(_ae_sam, 0.1, SAM, "sgd"),
+    "looksam": Method(_around_sgd(msam_optax.looksam), 0.1, SAM, "sgd"),
+    "ae_looksam": Method(_ae_looksam, 0.1, SAM, "sgd"),
+    "esam": Method(_around_sgd(msam_optax.esam), 0.1, SAM, "sgd", 0.5),
+    "msam": Method(_msam, 1.0, MSAM, "sgd"),
+    "adamw_msam": Method(_adamw_msam, 1.0, ADAMW._replace(rho=MSAM_RHOS), "adamw"),
+}
+
+
+def _around_adamw(
+    method: Callable[..., optax.GradientTransformation],
+) -> Build:
+    return lambda setting: method(_adamw(setting), setting.rho)
+
+
+def _adamw_ae_sam(setting: Setting) -> optax.GradientTransformation:
+    return msam_optax.ae_sam(_adamw(setting), setting.rho, setting.total_steps)
+
+
+def _adamw_tail(setting: Setting) -> optax.GradientTransformation:
+    last = msam_optax.policies.between(round(0.75 * setting.total_steps))
+    ascent = msam_optax.ascents.normalized(setting.rho)
+    sam = msam_optax.sharpness_aware_gradient(ascent)
+    return optax.chain(msam_optax.employ(last, sam), _adamw(setting))
+
+
+def _muon(setting: Setting) -> optax.GradientTransformation:
+    # Muon's matrices and AdamW's other tensors share rate and decay.
+    return optax.contrib.muon(
+        setting.schedule,
+        weight_decay=setting.weight_decay,
+        adam_weight_decay=setting.weight_decay,
+    )
+
+
+def _muon_msam(setting: Setting) -> optax.GradientTransformation:
+    return msam_optax.momentum_perturbation(_muon(setting), setting.rho)
+
+
+_ADAMW_SAM = ADAMW._replace(rho=axis(0.02, 0.5))
+_ADAMW_MSAM = ADAMW._replace(rho=axis(0.02, 0.5))
+_MUON = Space(axis(1e-3, 0.1, (1, 3)), axis(0.05, 2.0))
+
+# For a transformer: the optimizer and what its hyper-parameters are drawn from.
+AROUND_ADAMW: dict[str, tuple[Build, Space]] = {
+    "adamw": (_adamw, ADAMW),
+    "adamw_msam": (_adamw_msam, _ADAMW_MSAM),
+    "sam": (_around_adamw(msam_optax.sam), _ADAMW_SAM),
+    "ae_sam": (_adamw_ae_sam, _ADAMW_SAM),
+    "sam, last quarter": (_adamw_tail, _ADAMW_SAM),
+    "muon": (_muon, _MUON),
+    "muon, msam": (_muon_msam, _MUON._replace(rho=axis(0.02, 0.5))),
 }
 
 
 def tuned_path(dataset: str, model: str) -> Path:
-    """Where `tune.py` writes what it chose for a dataset and a model."""
+    """Where the settings of the figures for a dataset and a model are, if anywhere."""
     return RESULTS / f"tuned_{dataset}_{model}.json"
 
 
 def load_tuned(dataset: str, model: str) -> tuple[dict[str, dict[str, float]], str]:
-    """The hyper-parameters that `tune.py` chose, and in words where they come from.
+    """The hyper-parameters of the figures, and in words where they come from.
 
     Returns:
       Hyper-parameters by method, empty if untuned; and their source.

@@ -1,4 +1,4 @@
-"""Tests of benchmarks/compare.py and tune.py, and of what they are made of."""
+"""Tests of benchmarks/compare.py, and of what they are made of."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import msam_optax
-from benchmarks import compare, tune
+from benchmarks import compare
 from benchmarks.reports import report
 from benchmarks.reports.comparison import Contender, Run, summarise
 from benchmarks.tasks import data, models, optimizers, training
@@ -248,14 +248,6 @@ def test_runs_are_compared_with_sgd_of_the_same_seed() -> None:
 
 
 @pytest.mark.parametrize("name", optimizers.METHODS)
-def test_method_is_tuned_with_the_same_effort(name: str) -> None:
-    method = optimizers.METHODS[name]
-    assert len(method.grid) == 6 and list(method.grid) == sorted(method.grid)
-    assert method.base is None or optimizers.METHODS[method.base].base is None
-    assert all(map(math.isfinite, method.grid))
-
-
-@pytest.mark.parametrize("name", optimizers.METHODS)
 def test_method_builds(name: str) -> None:
     setting = optimizers.Setting(0.1, 0.1, 5e-4, 10)
     params = {"w": jnp.ones((2, 3))}
@@ -345,46 +337,3 @@ def test_sharpness_of_logistic_regression(monkeypatch: pytest.MonkeyPatch) -> No
     norm = math.hypot(np.linalg.norm(kernel), np.linalg.norm(residual.mean(0)))
     found = training.sharpness(model, weights, images, labels, 0.01)
     assert found == pytest.approx(0.01 * norm, rel=0.05)
-
-
-# Tuning.
-
-
-def test_tuning_does_not_see_the_test_part(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    methods = {
-        name: optimizers.METHODS[name]._replace(grid=grid)
-        for name, grid in {"msam": (0.1,), "sgd": (0.001, 0.1)}.items()
-    }
-    monkeypatch.setattr(optimizers, "METHODS", methods)
-    digits = data.load("digits")
-    poisoned = digits._replace(
-        test_images=np.full_like(digits.test_images, np.nan),
-        test_labels=np.zeros_like(digits.test_labels),
-    )
-    results = []
-    for name, dataset in {"sound": digits, "poisoned": poisoned}.items():
-        monkeypatch.setattr(data, "load", lambda *args, dataset=dataset: dataset)
-        out = tmp_path / f"{name}.json"
-        assert tune.main([*FAST, "--seeds", "2", "--out", str(out)]) == 0
-        results.append(json.loads(out.read_text()))
-        assert "| msam | 0.1 | 0.1 |" in out.with_suffix(".md").read_text()
-    sound, found = results
-    assert found["trials"] == sound["trials"]
-    assert found["chosen"] == sound["chosen"]
-    # The rhos were tried at the learning rate that is best for SGD.
-    best = max(sound["trials"][:2], key=lambda trial: sum(trial["accuracies"]))
-    assert sound["chosen"]["sgd"]["learning_rate"] == best["learning_rate"] == 0.1
-    assert {trial["learning_rate"] for trial in sound["trials"][2:]} == {0.1}
-    assert sound["at_edge"] == ["sgd", "msam"]
-    assert set(sound["settings"]) >= {"label_noise", "epochs", "seeds", "batch_size"}
-
-
-def test_best_trial_has_the_best_mean() -> None:
-    trials = [
-        tune.Trial("sgd", 0.1, None, [0.9, 0.1]),
-        tune.Trial("sgd", 0.2, None, [0.6, 0.5]),
-        tune.Trial("sgd", 0.3, None, [0.5, 0.6]),
-    ]
-    assert tune.best(trials).learning_rate == 0.2

@@ -1,0 +1,120 @@
+"""What a study found: the chosen settings, and a table with intervals."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.reports import report
+from benchmarks.tasks.search import Found, Plan
+
+Row = Mapping[str, Any]
+
+
+def score(row: Row, kind: str) -> float:
+    """The accuracy or minus the loss of a run; NaN where it diverged."""
+    value = math.nan if row[kind] is None else float(row[kind])
+    return value if kind == "accuracy" else -value
+
+
+def save(
+    out: Path,
+    kind: str,
+    plan: Plan,
+    found: Mapping[str, Found],
+    tests: Sequence[Row],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Writes or extends `chosen.json`, and writes `table.md` from all that is there."""
+    path = out / "chosen.json"
+    methods: dict[str, Any] = {}
+    if path.is_file():
+        methods = json.loads(path.read_text(encoding="utf-8"))["methods"]
+    for name, result in found.items():
+        methods[name] = {**result._asdict(), "chosen": result.chosen._asdict()}
+    report.write_json(path, {**provenance, "plan": plan._asdict(), "methods": methods})
+    lines = _table(kind, methods, tests)
+    lines += ["", *_notes(kind, plan, provenance)]
+    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _chosen_rows(name: str, chosen: Row, tests: Sequence[Row]) -> dict[int, Row]:
+    wanted = {"method": name, **chosen}
+    return {
+        row["seed"]: row
+        for row in tests
+        if all(row[key] == value for key, value in wanted.items())
+    }
+
+
+def _table(kind: str, methods: Mapping[str, Any], tests: Sequence[Row]) -> list[str]:
+    scale, digits = (100, 2) if kind == "accuracy" else (1, 4)
+    lines = [
+        "| method | learning rate | rho | weight decay | settings, runs | validation "
+        f"| test {kind} | gain | gradients a step | train accuracy | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    base: dict[int, Row] = {}
+    for name, method in methods.items():
+        rows = _chosen_rows(name, method["chosen"], tests)
+        if not rows:
+            continue
+        base = base or rows
+        values = [scale * abs(score(row, kind)) for row in rows.values()]
+        gains = [
+            scale * (score(row, kind) - score(base[seed], kind))
+            for seed, row in rows.items()
+            if seed in base
+        ]
+        chosen = method["chosen"]
+        edge = " (edge)" if method["at_edge"] else ""
+        share = sum(row["sam_fraction"] for row in rows.values()) / len(rows)
+        trained = report.estimate(
+            [100 * row["train_accuracy"] for row in rows.values()]
+        )
+        cells = [
+            name,
+            f"{chosen['learning_rate']:g}",
+            "" if chosen["rho"] is None else f"{chosen['rho']:g}",
+            f"{chosen['weight_decay']:g}{edge}",
+            f"{method['settings']}, {method['runs']}",
+            f"{scale * abs(method['score']):.{digits}f}",
+            _interval(values, digits),
+            "" if rows is base else _interval(gains, digits, "+"),
+            f"{1 + share:.2f}",
+            f"{trained.mean:.1f}",
+            str(len(rows)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _interval(values: Sequence[float], digits: int, sign: str = "") -> str:
+    mean, half = report.estimate(values, level=0.95)
+    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
+
+
+def _notes(kind: str, plan: Plan, provenance: Mapping[str, Any]) -> list[str]:
+    unit = "percent" if kind == "accuracy" else "nats a character"
+    rungs = ", ".join(f"{seeds} seeds for {kept}" for kept, seeds in plan.rungs)
+    return [
+        f"Test {kind} in {unit}; ± is the 95% interval of the mean, from Student's t. "
+        "Gain: over the first method with the same seed, so that more is better.",
+        "",
+        f"Search, the same for every method: {plan.first} settings drawn and "
+        f"{sum(plan.near)} neighbours with one seed, then {rungs}: {plan.runs} runs, "
+        "and a few for each step by which a range moved, at most "
+        f"{plan.moves}. Seeds and examples of the test are in no run of the search. "
+        "(edge): the best still lies at the edge of what was tried.",
+        "",
+        f"Command: `{provenance['command']}`; all runs, each with the commit of the "
+        "code: `validation.jsonl`, `test.jsonl`.",
+        "",
+        *(
+            f"{key.capitalize()}: "
+            + ", ".join(f"{k} {v}" for k, v in provenance[key].items())
+            + ".\n"
+            for key in ("machine", "versions")
+        ),
+    ]

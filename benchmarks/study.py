@@ -1,0 +1,253 @@
+"""Compares methods, each at its own tuned setting: a search, then fresh test seeds.
+
+One protocol for every method, base optimizers included: the search of `tasks/search.py`
+over learning rate, weight decay and rho, on a part held out of the training part, with
+as many runs for each; then the chosen setting on the test part, with seeds that the
+search did not see. Nothing is chosen on the test part.
+
+    python benchmarks/study.py digits
+    python benchmarks/study.py policies --methods "coin 25%" "every 25%"
+    python benchmarks/study.py characters --quick
+
+Each run is written down when it ends, and the same command goes on where it was cut
+off. A method's tests follow its search, so that what there is is complete.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from benchmarks import arguments
+from benchmarks.reports import report, studies
+from benchmarks.tasks import optimizers, policies, problems, runs
+from benchmarks.tasks.records import Record
+from benchmarks.tasks.search import Found, Hyperparameters, Plan, Space, search
+
+# Seeds of the search start at 0: with these no test run has a seed of it.
+FIRST_TEST_SEED = 100
+
+
+class Contender(NamedTuple):
+    """A method as a study has it.
+
+    Attributes:
+      build: makes the optimizer.
+      space: what its hyper-parameters are drawn from.
+    """
+
+    build: optimizers.Build
+    space: Space
+
+
+class Study(NamedTuple):
+    """What is compared on what.
+
+    Attributes:
+      problem: makes the problem.
+      quick: what the problem is made with in a quick run.
+      contenders: by name; the first is what the others are compared with.
+      plan: of the search.
+      seeds: how many test runs each gets.
+      score: what is tuned for, "accuracy" or "loss".
+    """
+
+    problem: Callable[..., runs.Problem]
+    quick: Mapping[str, Any]
+    contenders: Mapping[str, Contender]
+    plan: Plan
+    seeds: int
+    score: str
+
+
+def _methods(names: Sequence[str], **spaces: Space) -> dict[str, Contender]:
+    return {
+        name: Contender(
+            optimizers.METHODS[name].build,
+            spaces.get(name, optimizers.METHODS[name].space),
+        )
+        for name in names
+    }
+
+
+def _policies() -> dict[str, Contender]:
+    found = _methods(["sgd", "sam"])
+    for share in (0.25, 0.5, 0.1):
+        for name, build in policies.at_share(share).items():
+            space = optimizers.METHODS["sam"].space
+            found[f"{name} {share:.0%}"] = Contender(build, space)
+    return found
+
+
+STUDIES = {
+    "digits": Study(
+        problem=problems.digits,
+        quick={"epochs": 1, "dataset": "digits"},
+        contenders=_methods(
+            [
+                *("sgd", "msam", "sam", "ae_sam", "looksam", "nag", "adam", "adamw"),
+                *("adamw_msam", "ss_sam", "asam", "friendly_sam", "gsam"),
+            ]
+        ),
+        plan=Plan(),
+        seeds=30,
+        score="accuracy",
+    ),
+    "policies": Study(
+        problem=problems.digits,
+        quick={"epochs": 1, "dataset": "digits"},
+        contenders=_policies(),
+        plan=Plan(first=10, near=(4, 4), rungs=((4, 3), (2, 6)), moves=2),
+        seeds=30,
+        score="accuracy",
+    ),
+    "characters": Study(
+        problem=problems.characters,
+        quick={"steps": 20, "length": 8, "batch": 4},
+        contenders={
+            name: Contender(build, space)
+            for name, (build, space) in optimizers.AROUND_ADAMW.items()
+        },
+        plan=Plan(first=8, near=(3, 3), rungs=((3, 2), (2, 3)), moves=2),
+        seeds=10,
+        score="loss",
+    ),
+}
+
+_QUICK_PLAN = Plan(first=2, near=(1,), rungs=((1, 2),), moves=0)
+
+
+class OutOfTime(Exception):
+    """The minutes that were given are over."""
+
+
+class Runner:
+    """Runs of a study's contenders, remembered in files.
+
+    Attributes:
+      validation: rows of the search.
+      test: rows of the chosen settings.
+    """
+
+    def __init__(
+        self, study: Study, quick: bool, out: Path, commit: str, deadline: float
+    ) -> None:
+        key = ("method", *Hyperparameters._fields, "seed")
+        self.validation = Record(out / "validation.jsonl", key)
+        self.test = Record(out / "test.jsonl", key)
+        self._study, self._commit, self._deadline = study, commit, deadline
+        self._problem = study.problem(**(study.quick if quick else {}))
+        self._compiled: dict[str, Callable[..., Any]] = {}
+        self._inputs: dict[tuple[int, bool], runs.Inputs] = {}
+
+    def row(
+        self, name: str, setting: Hyperparameters, seed: int, validation: bool
+    ) -> dict[str, Any]:
+        """The row of a run, from the file or of a run that is made now."""
+        record = self.validation if validation else self.test
+        columns = {"method": name, **setting._asdict(), "seed": seed}
+        return record.find(columns) or record.append(
+            {
+                **columns,
+                **self._train(name, setting, seed, validation),
+                "commit": self._commit,
+            }
+        )
+
+    def score(self, name: str, setting: Hyperparameters, seed: int) -> float:
+        """The validation score of a run; larger is better."""
+        return studies.score(
+            self.row(name, setting, seed, validation=True), self._study.score
+        )
+
+    def _train(
+        self, name: str, setting: Hyperparameters, seed: int, validation: bool
+    ) -> dict[str, float]:
+        if time.monotonic() > self._deadline:
+            raise OutOfTime
+        if name not in self._compiled:
+            build = self._study.contenders[name].build
+            self._compiled = {name: jax.jit(runs.make_run(self._problem, build))}
+        if (seed, validation) not in self._inputs:
+            self._inputs[seed, validation] = self._problem.inputs(seed, validation)
+        start = time.perf_counter()
+        traced = runs.Traced(*(np.float32(value or 0.0) for value in setting))
+        outcome, _ = self._compiled[name](traced, self._inputs[seed, validation])
+        found = {key: float(value) for key, value in outcome._asdict().items()}
+        return {**found, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def _parser() -> arguments.Parser:
+    parser = arguments.Parser((__doc__ or "").partition("\n")[0])
+    parser.add_argument("study", choices=STUDIES, help="what is compared")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help="some of the study's (default: all)",
+    )
+    parser.add_argument(
+        "--seeds", type=arguments.positive_integer, metavar="N", help="of the test runs"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a small problem and few runs: minutes"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=arguments.positive,
+        default=1e9,
+        metavar="M",
+        help="stop after the run that ends later; the same command goes on",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write to (default: runs/studies/<study>)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Searches, tests and writes the table; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    args = parser.parse_args(argv)
+    study = STUDIES[args.study]
+    names = args.methods or list(study.contenders)
+    for name in names:
+        if name not in study.contenders:
+            known = ", ".join(study.contenders)
+            parser.error(f"argument --methods: {name!r} is none of {known}.")
+    out = args.out or Path("runs/studies") / args.study
+    plan, seeds = (_QUICK_PLAN, 2) if args.quick else (study.plan, study.seeds)
+    console = Console()
+    provenance = report.provenance("study.py", argv)
+    deadline = time.monotonic() + 60 * args.minutes
+    runner = Runner(study, args.quick, out, provenance["commit"], deadline)
+    found: dict[str, Found] = {}
+    code = 0
+    try:
+        for name in names:
+            contender = study.contenders[name]
+            found[name] = search(contender.space, partial(runner.score, name), plan)
+            console.print(f"{name}: {found[name]}", highlight=False, soft_wrap=True)
+            for seed in range(args.seeds or seeds):
+                setting = found[name].chosen
+                runner.row(name, setting, FIRST_TEST_SEED + seed, validation=False)
+            studies.save(out, study.score, plan, found, runner.test.rows, provenance)
+    except OutOfTime:
+        console.print(f"Stopped after {args.minutes:g} minutes.")
+        code = 3
+    console.print(f"Written: {out}", soft_wrap=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

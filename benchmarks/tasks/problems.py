@@ -1,0 +1,115 @@
+"""The problems that are studied with every method, as `runs.make_run` takes them."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.tasks import data, models, text
+from benchmarks.tasks.runs import Inputs, Problem
+from msam_optax.flax.linen import init_linen, linen_loss
+
+_cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+
+
+def digits(
+    epochs: int = 30, dataset: str = "mnist5k", label_noise: float = 0.4
+) -> Problem:
+    """Images with wrong labels and an MLP of 784-256-256-10, in batches of 128.
+
+    As compare.py trains it. The validation part is a fifth of the training part, for
+    each seed another one: what is chosen is not what one part of 800 images likes.
+    """
+    loaded = data.load(dataset)
+    model = models.build("mlp", loaded.num_classes)
+
+    def inputs(seed: int, validation: bool) -> Inputs:
+        part = data.hold_out(loaded, seed=seed) if validation else loaded
+        labels = data.add_label_noise(
+            part.train_labels, label_noise, part.num_classes, seed
+        )
+        rng = np.random.default_rng([seed, 1])
+        order = [list(data.batches(len(labels), 128, rng)) for _ in range(epochs)]
+        return Inputs(
+            seed=np.int32(seed),
+            order=np.concatenate(order).astype(np.int32),
+            train=(part.train_images, labels),
+            held_out=(part.test_images, part.test_labels),
+        )
+
+    return Problem(
+        init=_init(model, lambda train: train[0][:1]),
+        loss_fn=_loss(model),
+        gather=lambda train, indices, key: (train[0][indices], train[1][indices]),
+        evaluate=partial(_evaluate, model),
+        inputs=inputs,
+        total_steps=epochs * (len(loaded.train_labels) // 128),
+    )
+
+
+def characters(steps: int = 1000, length: int = 32, batch: int = 32) -> Problem:
+    """The next character of the reference of the Python language, and a transformer.
+
+    Two causal blocks of width 32 with two heads. The loss is in nats a character. The
+    validation and the test part are of the same kind as the training part: of twenty
+    blocks of the text, two and two.
+    """
+    parts = text.load()
+    model = models.CharacterTransformer(len(text.ALPHABET), width=32, depth=2, heads=2)
+    offsets = np.arange(length + 1)
+
+    def windows(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        starts = np.arange(0, len(part) - length, length)
+        cut = part[starts[:, None] + offsets].astype(np.int32)
+        return cut[:, :-1], cut[:, 1:]
+
+    # What was trained on is evaluated on its first part only, as much as is held out.
+    seen = windows(parts.train[: len(parts.test)])
+
+    def inputs(seed: int, validation: bool) -> Inputs:
+        rng = np.random.default_rng([seed, 1])
+        starts = rng.integers(len(parts.train) - length, size=(steps, batch))
+        return Inputs(
+            seed=np.int32(seed),
+            order=starts.astype(np.int32),
+            train=(*seen, parts.train.astype(np.int32)),
+            held_out=windows(parts.validation if validation else parts.test),
+        )
+
+    def gather(train: Any, starts: Any, key: Any) -> Any:
+        del key
+        cut = train[2][starts[:, None] + offsets]
+        return cut[:, :-1], cut[:, 1:]
+
+    return Problem(
+        init=_init(model, lambda train: train[0][:1]),
+        loss_fn=_loss(model),
+        gather=gather,
+        evaluate=lambda params, examples: _evaluate(model, params, examples[:2]),
+        inputs=inputs,
+        total_steps=steps,
+    )
+
+
+def _init(model: nn.Module, example: Callable[[Any], Any]) -> Callable[..., Any]:
+    def init(optimizer, key, train):
+        return init_linen(model, optimizer, key, example(train), train=False)
+
+    return init
+
+
+def _loss(model: nn.Module) -> Callable[..., Any]:
+    def losses(logits, batch):
+        return _cross_entropy(logits, batch[1]).mean(), {}
+
+    return linen_loss(model, losses, train=True)
+
+
+def _evaluate(model: nn.Module, params: Any, examples: Any) -> Any:
+    logits = model.apply({"params": params}, examples[0], train=False)
+    hits = jnp.argmax(logits, axis=-1) == examples[1]
+    return hits.mean(), _cross_entropy(logits, examples[1]).mean()
