@@ -1,16 +1,17 @@
 r"""Policies: on which steps a transformation is employed.
 
 A :class:`Policy` is a pair of pure functions, ``init(params) -> state`` and
-``decide(updates, state, params, **extra_args) -> (decision, state)`` with a boolean
-scalar decision. :func:`msam_optax.employ` asks it on every step, so that running
-statistics see every gradient. Policies combine, ``between(500) & adaptive(1000)``;
-write your own as a function that returns a ``Policy``.
+``decide(updates, state, params, *, step, **extra_args) -> (decision, state)`` with a
+boolean scalar decision. :func:`msam_optax.employ` counts the steps and asks it on every
+one, so that running statistics see every gradient. Policies combine,
+``between(500) & adaptive(1000)``; write your own as a function that returns a
+``Policy``.
 
 >>> import jax.numpy as jnp, msam_optax
 >>> policy = msam_optax.policies.between(1, 5) & msam_optax.policies.every(2)
 >>> state, decisions = policy.init(jnp.zeros(3)), []
->>> for _ in range(8):
-...     decision, state = policy.decide(jnp.ones(3), state)
+>>> for step in range(8):
+...     decision, state = policy.decide(jnp.ones(3), state, step=step)
 ...     decisions.append(int(decision))
 >>> decisions
 [0, 0, 1, 0, 1, 0, 0, 0]
@@ -29,7 +30,6 @@ from msam_optax._base.numerics import safe_sqrt, statistics_dtype, sum_of_square
 __all__ = [
     "AdaptiveState",
     "Policy",
-    "StepState",
     "adaptive",
     "always",
     "bernoulli",
@@ -43,9 +43,11 @@ class Policy(NamedTuple):
     """Decides on which steps a transformation is employed.
 
     Attributes:
-      init: ``init(params) -> state``, a tree of arrays.
-      decide: ``decide(updates, state, params, **extra_args) -> (decision, state)``,
-        called once a step; the decision is a boolean scalar array.
+      init: ``init(params) -> state``, a tree of arrays; ``optax.EmptyState()`` where
+        there is nothing to remember.
+      decide: ``decide(updates, state, params, *, step, **extra_args) -> (decision,
+        state)``, called once a step; the step is an int32 scalar that counts from 0,
+        and the decision a boolean scalar array.
 
     Two policies combine to one with ``&`` and ``|``. Both decide on every step, so
     that the statistics of one see the gradients that the other rules out.
@@ -64,28 +66,19 @@ class Policy(NamedTuple):
         return _combine(self, other, jnp.logical_or)
 
 
-class StepState(NamedTuple):
-    """State of a policy that looks at the step alone.
-
-    Attributes:
-      step: int32 scalar, how many steps were decided so far.
-    """
-
-    step: jax.Array
-
-
 class AdaptiveState(NamedTuple):
     """State of `adaptive`.
 
     Attributes:
-      step: int32 scalar, how many steps were decided so far.
       mean: float32 scalar, running mean of the squared gradient norm.
       variance: float32 scalar, running variance of the squared gradient norm.
+      threshold: float32 scalar, what the last squared gradient norm was compared to; 0
+        before the first.
     """
 
-    step: jax.Array
     mean: jax.Array
     variance: jax.Array
+    threshold: jax.Array
 
 
 def _combine(
@@ -107,12 +100,11 @@ def _at_steps(chosen: Callable[[jax.Array], Any]) -> Policy:
 
     def init(params):
         del params
-        return StepState(step=jnp.zeros([], jnp.int32))
+        return optax.EmptyState()
 
-    def decide(updates, state, params=None, **extra_args):
+    def decide(updates, state, params=None, *, step, **extra_args):
         del updates, params, extra_args
-        decision = jnp.asarray(chosen(state.step), bool)
-        return decision, StepState(step=optax.safe_increment(state.step))
+        return jnp.asarray(chosen(step), bool), state
 
     return Policy(init, decide)
 
@@ -217,7 +209,8 @@ def adaptive(
     Past the total :math:`c_t` stays :math:`\lambda_1`. A gradient that is not finite
     is not employed and does not enter the statistics.
 
-    *Cost*: one reduction over the gradient. *State*: three scalars. *Position*: in an
+    *Cost*: one reduction over the gradient. *State*: three scalars, of which the
+    threshold is kept to be looked at. *Position*: in an
     ``employ`` that stands first in the chain, where the gradient is the loss's alone
     and clean of weight decay.
 
@@ -247,26 +240,26 @@ def adaptive(
     def init(params):
         dtype = statistics_dtype(params)
         return AdaptiveState(
-            step=jnp.zeros([], jnp.int32),
             mean=jnp.array(initial_mean, dtype),
             variance=jnp.array(initial_variance, dtype),
+            threshold=jnp.zeros([], dtype),
         )
 
-    def decide(updates, state, params=None, **extra_args):
+    def decide(updates, state, params=None, *, step, **extra_args):
         del params, extra_args
         dtype = state.mean.dtype
         squared_norm = sum_of_squares(updates).astype(dtype)
         mean = delta * state.mean + (1 - delta) * squared_norm
         variance = delta * state.variance + (1 - delta) * (squared_norm - mean) ** 2
-        progress = jnp.minimum(state.step.astype(dtype) / total_steps, 1)
+        progress = jnp.minimum(jnp.asarray(step, dtype) / total_steps, 1)
         c = progress * lambda_1 + (1 - progress) * lambda_2
-        above = squared_norm >= mean + c * safe_sqrt(variance)
+        threshold = mean + c * safe_sqrt(variance)
         # The square of a finite deviation may overflow too, hence both.
         finite = jnp.isfinite(squared_norm) & jnp.isfinite(variance)
-        return finite & above, AdaptiveState(
-            step=optax.safe_increment(state.step),
+        return finite & (squared_norm >= threshold), AdaptiveState(
             mean=jnp.where(finite, mean, state.mean).astype(dtype),
             variance=jnp.where(finite, variance, state.variance).astype(dtype),
+            threshold=jnp.where(finite, threshold, state.threshold).astype(dtype),
         )
 
     return Policy(init, decide)

@@ -31,7 +31,7 @@ class RecordState(NamedTuple):
     Attributes:
       policy_state: of the policy that is recorded.
       trace: float32[total_steps, 4], by step the squared norm of the gradient, its
-        running mean and variance, and the decision.
+        running mean, the threshold, and the decision.
     """
 
     policy_state: msam_optax.policies.AdaptiveState
@@ -47,14 +47,19 @@ def recorded(
         return RecordState(policy.init(params), jnp.zeros((total_steps, 4)))
 
     def decide(
-        updates: Any, state: RecordState, params: Any = None, **extra_args: Any
+        updates: Any,
+        state: RecordState,
+        params: Any = None,
+        *,
+        step: jax.Array,
+        **extra_args: Any,
     ) -> tuple[jax.Array, RecordState]:
         decision, inner = policy.decide(
-            updates, state.policy_state, params, **extra_args
+            updates, state.policy_state, params, step=step, **extra_args
         )
         squared_norm = optax.tree.norm(updates, squared=True)
-        row = jnp.stack([squared_norm, inner.mean, inner.variance, decision])
-        trace = state.trace.at[state.policy_state.step].set(row)
+        row = jnp.stack([squared_norm, inner.mean, inner.threshold, decision])
+        trace = state.trace.at[step].set(row)
         return decision, RecordState(inner, trace)
 
     return msam_optax.policies.Policy(init, decide)
@@ -86,14 +91,13 @@ def compute(study: common.Study) -> list[dict[str, Any]]:
             *_, epoch = trainer.epochs(seed)
             bar.advance()
             trace = np.asarray(epoch.state.opt_state[0].policy_state.trace, np.float64)
-            squared_norm, mean, variance, employed = trace.T
-            factor = 1 - 2 * steps / total  # the policy's c, from lambda_2 to lambda_1
+            squared_norm, mean, threshold, employed = trace.T
             share = employed.reshape(task.epochs, -1).mean(1)
             columns = {
                 "epoch": (steps + 1) / task.steps_per_epoch,
                 "squared_norm": squared_norm,
                 "mean": mean,
-                "threshold": mean + factor * np.sqrt(variance),
+                "threshold": threshold,
                 "employed": employed,
                 "epoch_fraction": np.repeat(share, task.steps_per_epoch),
                 "fraction_so_far": np.cumsum(employed) / (steps + 1),

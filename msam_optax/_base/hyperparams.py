@@ -1,15 +1,14 @@
 """Hyper-parameters: checked when a transformation is built, scheduled when it runs."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 # A schedule maps a step, counted from 0, to the value at that step.
-ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
+ScalarOrSchedule = optax.ScalarOrSchedule
 
 
 def check_real(
@@ -67,21 +66,13 @@ def check_transformation(
     return optax.with_extra_args_support(value)
 
 
-class ScheduleState(NamedTuple):
-    """State of a scheduled hyper-parameter.
+def init_schedule(value: ScalarOrSchedule) -> Any:
+    """A counter where `value` is a schedule, nothing where it is a number.
 
-    Attributes:
-      step: int32 scalar, the step at which the schedule is read next.
+    It is an int32 scalar without a name of its own, since several meet in one state:
+    each is called after the hyper-parameter by the state that holds it.
     """
-
-    step: jax.Array
-
-
-def init_schedule(value: ScalarOrSchedule) -> ScheduleState | optax.EmptyState:
-    """A counter where `value` is a schedule, nothing where it is a number."""
-    if callable(value):
-        return ScheduleState(step=jnp.zeros([], jnp.int32))
-    return optax.EmptyState()
+    return jnp.zeros([], jnp.int32) if callable(value) else optax.EmptyState()
 
 
 def training_step(step: jax.Array, extra_args: dict[str, Any]) -> jax.Array:
@@ -99,10 +90,17 @@ def read_schedule(
     """The value at this step, and the state for the next one."""
     if not callable(value):
         return value, state
-    step = training_step(state.step, extra_args)
+    step = training_step(state, extra_args)
+    return value_at(value, step), optax.safe_increment(step)
+
+
+def value_at(value: ScalarOrSchedule, step: jax.Array) -> Any:
+    """The value of a hyper-parameter at a step."""
+    if not callable(value):
+        return value
     now = value(step)
     check_real("What a schedule returns", now)
-    return now, ScheduleState(step=optax.safe_increment(step))
+    return now
 
 
 def static_value(value: Any) -> float | None:

@@ -34,7 +34,8 @@ def sum_of_squares(tree: Any) -> jax.Array:
     """Squared l2 norm over all leaves together.
 
     Each leaf is cast to `statistics_dtype` before it is squared: in float16 already
-    the squares of a thousand entries of 100 add up to infinity.
+    the squares of a thousand entries of 100 add up to infinity, and so they do in
+    `optax.tree.norm` and `optax.tree.vdot`, which sum in each leaf's own dtype.
     """
     dtype = statistics_dtype(tree)
     squares = (jnp.sum(jnp.square(x.astype(dtype))) for x in _arrays(tree))
@@ -75,11 +76,6 @@ def add_scaled(tree: Any, factor: Any, other: Any) -> Any:
     return jax.tree.map(
         lambda x, y: (x + factor * y).astype(jnp.result_type(x)), tree, other
     )
-
-
-def cast_like(tree: Any, other: Any) -> Any:
-    """tree, each leaf in the dtype of the other's."""
-    return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, other)
 
 
 def vdot(tree: Any, other: Any) -> jax.Array:

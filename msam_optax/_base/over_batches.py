@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from msam_optax._base.numerics import statistics_dtype, vdot
+from msam_optax._base.trees import check_like, described
 
 MeanLoss = Callable[[Any, Any], jax.Array]
 OnBatch = Callable[[], Any]
@@ -21,18 +22,8 @@ def wide(params: Any) -> Any:
 
 def like(name: str, tree: Any, params: Any) -> Any:
     """The tree in the dtype of `params`; ValueError if it is of another shape."""
-    given, needed = _shapes(tree), _shapes(params)
-    if given != needed:
-        raise ValueError(
-            f"{name} must be a tree like the parameters, whose shapes are {needed}, "
-            f"but one of shapes {given} was given."
-        )
+    check_like(f"{name} must be a tree like the parameters", tree, params, dtypes=False)
     return jax.tree.map(lambda x, w: jnp.asarray(x, w.dtype), tree, params)
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
 
 
 def mean_number(
@@ -85,8 +76,8 @@ def _sized(
         )
     if isinstance(batches, tuple) and any(hasattr(x, "shape") for x in batches):
         raise ValueError(
-            "batches must be a list of batches, but a tuple of arrays was given, of "
-            f"shapes {_shapes(batches)}: give [batch], or list(batches) if each is one."
+            "batches must be a list of batches, but a tuple of arrays was given, "
+            f"{described(batches)}: give [batch], or list(batches) if each is one."
         )
     empty = True
     for batch in batches:
@@ -94,7 +85,7 @@ def _sized(
         if not first or not first[0]:
             raise ValueError(
                 "The leading axis of a batch's first leaf must count its examples, at "
-                f"least one, but the batch's shapes are {_shapes(batch)}."
+                f"least one, but the batch is {described(batch)}."
             )
         empty = False
         yield batch, first[0]
@@ -114,7 +105,7 @@ def batch_loss(loss_fn: MeanLoss, params: Any, batch: Any) -> jax.Array:
     if isinstance(value, tuple) or jnp.shape(value) != ():
         raise ValueError(
             "loss_fn must return the mean loss over the batch, one number without "
-            f"auxiliary outputs, but the shapes it returned are {_shapes(value)}."
+            f"auxiliary outputs, but it returned {described(value)}."
         )
     return value
 

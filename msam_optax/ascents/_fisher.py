@@ -6,7 +6,6 @@ import optax
 
 from msam_optax._base.hyperparams import ScalarOrSchedule, check_real
 from msam_optax._base.numerics import (
-    cast_like,
     safe_divide,
     safe_sqrt,
     scale,
@@ -64,6 +63,6 @@ def fisher(
             direction,
         )
         length = safe_sqrt(vdot(direction, natural))
-        return cast_like(scale(safe_divide(rho, length), natural), direction)
+        return optax.tree.cast_like(scale(safe_divide(rho, length), natural), direction)
 
     return make(rho, perturb)

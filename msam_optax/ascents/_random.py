@@ -12,18 +12,20 @@ from msam_optax._base.hyperparams import (
     check_real,
     check_scalar_or_schedule,
     training_step,
+    value_at,
 )
-from msam_optax._base.numerics import cast_like, global_norm, safe_divide, scale
+from msam_optax._base.numerics import global_norm, safe_divide, scale
 
 
 class RandomAscentState(NamedTuple):
     """State of an ascent that draws random numbers.
 
     Attributes:
-      step: int32 scalar; the draws depend on it and on the seed alone.
+      ascent_step: int32 scalar, the step of the next draw, which depends on it and on
+        the seed alone.
     """
 
-    step: jax.Array
+    ascent_step: jax.Array
 
 
 def stochastic(
@@ -71,9 +73,11 @@ def stochastic(
             shape = jnp.shape(g) if by_coordinate else ()
             return jnp.where(jax.random.bernoulli(key, beta, shape), g, 0)
 
-        chosen = jax.tree.map(tensor, _keys_like(key, direction), direction)
+        chosen = jax.tree.map(
+            tensor, optax.tree.split_key_like(key, direction), direction
+        )
         factor = safe_divide(rho, global_norm(chosen)) / beta
-        return cast_like(scale(factor, chosen), direction)
+        return optax.tree.cast_like(scale(factor, chosen), direction)
 
     return _random_ascent(rho, seed, perturb)
 
@@ -113,11 +117,7 @@ def gaussian(
     """
 
     def perturb(rho, direction, key):
-        noise = jax.tree.map(
-            lambda key, g: jax.random.normal(key, jnp.shape(g), jnp.result_type(g)),
-            _keys_like(key, direction),
-            direction,
-        )
+        noise = optax.tree.random_like(key, direction)
         return scale(safe_divide(rho, global_norm(noise)), noise)
 
     return _random_ascent(rho, seed, perturb)
@@ -131,19 +131,13 @@ def _random_ascent(
 
     def init_fn(params):
         del params
-        return RandomAscentState(step=jnp.zeros([], jnp.int32))
+        return RandomAscentState(ascent_step=jnp.zeros([], jnp.int32))
 
     def update_fn(direction, state, params=None, **extra_args):
         del params
-        step = training_step(state.step, extra_args)
+        step = training_step(state.ascent_step, extra_args)
         key = jax.random.fold_in(jax.random.key(seed), step)
-        radius = rho(step) if callable(rho) else rho
-        epsilon = perturb(radius, direction, key)
-        return epsilon, RandomAscentState(step=optax.safe_increment(step))
+        epsilon = perturb(value_at(rho, step), direction, key)
+        return epsilon, RandomAscentState(ascent_step=optax.safe_increment(step))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _keys_like(key: jax.Array, tree: Any) -> Any:
-    leaves, treedef = jax.tree.flatten(tree)
-    return jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves))))

@@ -9,13 +9,13 @@ import optax
 
 from msam_optax._base.hyperparams import ScalarOrSchedule, check_real
 from msam_optax._base.numerics import (
-    cast_like,
     global_norm,
     safe_divide,
     safe_sqrt,
     scale,
     statistics_dtype,
 )
+from msam_optax._base.trees import check_params
 from msam_optax.ascents._make import make
 
 
@@ -180,7 +180,7 @@ def layerwise(
     """
 
     def perturb(rho, direction, params):
-        _check_params(params)
+        check_params("This ascent scales with the weights", params)
 
         def tensor(g, w):
             return scale(rho * safe_divide(global_norm(w), global_norm(g)), g)
@@ -242,7 +242,7 @@ def clip_by_weight_norm(max_ratio: float) -> optax.GradientTransformationExtraAr
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        _check_params(params)
+        check_params("This ascent scales with the weights", params)
         ratio = safe_divide(max_ratio * global_norm(params), global_norm(updates))
         return scale(jnp.minimum(ratio, 1), updates), state
 
@@ -257,7 +257,7 @@ def _sized_ascent(
     r"""rho T^power g / ‖T g‖ with T = size(w) where mask, and 1 elsewhere."""
 
     def perturb(rho, direction, params):
-        _check_params(params)
+        check_params("This ascent scales with the weights", params)
         dtype = statistics_dtype(params)
         chosen = mask(params) if callable(mask) else mask
         if chosen is None:
@@ -280,14 +280,6 @@ def _sized_ascent(
         weighed = times_t(direction)
         factor = safe_divide(rho, global_norm(weighed))
         epsilon = scale(factor, times_t(weighed) if power == 2 else weighed)
-        return cast_like(epsilon, direction)
+        return optax.tree.cast_like(epsilon, direction)
 
     return make(rho, perturb)
-
-
-def _check_params(params: Any) -> None:
-    if params is None:
-        raise ValueError(
-            "This ascent scales with the weights, but params were None: call "
-            "update(direction, state, params)."
-        )

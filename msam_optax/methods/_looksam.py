@@ -26,7 +26,7 @@ def looksam(
     :math:`g + \alpha (\|g\|/\|g_v\|)\, g_v`.
 
     *Cost*: 1/k extra gradients a step. *State*: the optimizer's, one tree like the
-    parameters and five scalars (six where rho is a schedule). *Position*: ``update``
+    parameters and four scalars (five where rho is a schedule). *Position*: ``update``
     needs ``params`` and ``grad_fn``.
 
     Args:
@@ -79,8 +79,8 @@ def ae_looksam(
     gradient either way.
 
     *Cost*: the policy's share of extra gradients. *State*: the optimizer's, one tree
-    like the parameters and seven scalars (eight where rho is a schedule, one more with
-    k). *Position*: ``update`` needs ``params`` and ``grad_fn``.
+    like the parameters and seven scalars (eight where rho is a schedule). *Position*:
+    ``update`` needs ``params`` and ``grad_fn``.
 
     Args:
       optimizer: the whole base optimizer, weight decay included.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from msam_optax._base.hyperparams import check_transformation
+from msam_optax._base.hyperparams import check_transformation, training_step
 from msam_optax.policies import Policy
 from msam_optax.transforms._find_momentum import find_states
 from msam_optax.transforms._momentum import PERTURBED
@@ -20,7 +20,7 @@ class EmployState(NamedTuple):
     """State of `employ`.
 
     Attributes:
-      step: int32 scalar, how many steps were taken.
+      step: int32 scalar, how many steps were taken; the only counter in here.
       employed: boolean scalar, the policy's last decision.
       employed_steps: int32 scalar, on how many steps the policy said yes.
       policy_state: state of the policy.
@@ -58,7 +58,7 @@ def employ(
 
     Args:
       policy: asked once a step, with the updates that come in.
-      transform: run where the policy says so. It receives ``step``, the number of
+      transform: run where the policy says so. Both receive ``step``, the number of
         steps taken so far, as an extra argument (unless the caller gives one), so that
         the schedules of an ascent follow the training and not the steps that happened
         to be employed.
@@ -117,14 +117,13 @@ def employ(
                 "employed chooses a branch while tracing: it must be a Python bool or "
                 f"None, but {employed!r} was given."
             )
+        extra_args = {**extra_args, "step": training_step(state.step, extra_args)}
         decision, policy_state = policy.decide(
             updates, state.policy_state, params, **extra_args
         )
 
         def run(updates, inner_state):
-            return transform.update(
-                updates, inner_state, params, **{"step": state.step, **extra_args}
-            )
+            return transform.update(updates, inner_state, params, **extra_args)
 
         def skip(updates, inner_state):
             if otherwise is not None:

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from msam_optax._base.numerics import global_norm, statistics_dtype
+from msam_optax._base.trees import is_like, shapes_like
 from msam_optax.transforms._find_momentum import (
     add_momentum,
     find_momentum,
     find_states,
-    is_like,
 )
 from msam_optax.transforms._momentum import PERTURBED, StoredPerturbationState
 
@@ -47,7 +47,8 @@ def eval_params(state: optax.OptState, params: optax.Params) -> optax.Params:
             "state: restore it first, for instance by "
             "flax.serialization.from_state_dict(optimizer.init(params), dictionary)."
         )
-    if state is None or _holds_optax_state(params) or is_like(state, params):
+    swapped = is_like(state, shapes_like(params), masked=True)
+    if state is None or _holds_optax_state(params) or swapped:
         raise ValueError(
             "eval_params(state, params) needs an optimizer state first and its "
             f"parameters second, but {type(state).__name__} and "
@@ -93,7 +94,7 @@ _FOREIGN_STATE = (
 
 def _unperturbed(state: Any, params: optax.Params) -> optax.Params:
     if isinstance(state, StoredPerturbationState):
-        if not is_like(state.perturbation, params):
+        if not is_like(state.perturbation, shapes_like(params), masked=True):
             raise ValueError(_FOREIGN_STATE)
         return add_momentum(params, state.perturbation, -1)
     if jnp.ndim(state.scale) != 0:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from msam_optax._base.trees import is_like, is_masked, shapes_like
+
 # Where Optax's states keep the running sum or mean of gradients: TraceState.trace and
 # ScaleByAdamState.mu, ScaleByLionState.mu, MuonState.mu, ...
 MOMENTUM_FIELDS = ("trace", "mu")
@@ -37,7 +39,7 @@ def find_momentum(inner_state: optax.OptState, params: optax.Params) -> optax.Up
     >>> print(msam_optax.find_momentum(state, params))
     [1. 1.]
     """
-    found = list(_candidates(inner_state, _shapes(params)))
+    found = list(_candidates(inner_state, shapes_like(params)))
     names = ", ".join(name for name, _ in found)
     if not found:
         raise ValueError(
@@ -67,39 +69,10 @@ def find_momentum(inner_state: optax.OptState, params: optax.Params) -> optax.Up
     )
 
 
-def is_like(tree: Any, params: optax.Params) -> bool:
-    """Whether `tree` is `params` in structure and shapes, but for what it masks out."""
-    return _has_shapes(tree, _shapes(params))
-
-
-def _shapes(params: optax.Params) -> Any:
-    """The parameters' shapes, in their structure; the dtype has no meaning.
-
-    They stand for the parameters where trees are compared: JAX's error on trees of
-    different structure prints their arrays, which copies them from the device.
-    """
-    return jax.tree.map(
-        lambda param: jax.ShapeDtypeStruct(jnp.shape(param), jnp.float32), params
-    )
-
-
-def _has_shapes(tree: Any, shapes: Any) -> bool:
-    def matches(leaf, param):
-        return _is_masked(leaf) or (
-            jax.tree_util.all_leaves([param]) and jnp.shape(leaf) == param.shape
-        )
-
-    try:
-        same = jax.tree.map(matches, tree, shapes, is_leaf=_is_masked)
-    except (TypeError, ValueError):  # the trees' structures differ
-        return False
-    return jax.tree.all(same)
-
-
 def _candidates(node: Any, shapes: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     # A tree like the parameters (a second moment, say) is never searched: what it calls
     # "mu" is a parameter.
-    if _has_shapes(node, shapes):
+    if is_like(node, shapes, masked=True):
         return
     children, _ = jax.tree_util.tree_flatten_with_path(
         node, is_leaf=lambda x: x is not node
@@ -109,7 +82,7 @@ def _candidates(node: Any, shapes: Any, path: str = "") -> Iterator[tuple[str, A
             return
         field = getattr(key_path[0], "name", None)
         name = f"{path or type(node).__name__}{jax.tree_util.keystr(key_path)}"
-        if field in MOMENTUM_FIELDS and _has_shapes(child, shapes):
+        if field in MOMENTUM_FIELDS and is_like(child, shapes, masked=True):
             yield name, child
         else:
             yield from _candidates(child, shapes, name)
@@ -120,22 +93,20 @@ def _leaf_by_leaf(momentum: Any, params: optax.Params) -> list[Any]:
     leaves: list[Any] = []
 
     def collect(leaf, param):
-        masked = _is_masked(leaf)
+        masked = is_masked(leaf)
         leaves.extend([None] * len(jax.tree.leaves(param)) if masked else [leaf])
 
-    jax.tree.map(collect, momentum, params, is_leaf=_is_masked)
+    jax.tree.map(collect, momentum, params, is_leaf=is_masked)
     return leaves
 
 
 def add_momentum(params: optax.Params, momentum: Any, factor: Any) -> optax.Params:
     """params + factor momentum in the parameters' dtypes; what it masks out stays."""
     return jax.tree.map(
-        lambda x, p: (
-            p if _is_masked(x) else (p + factor * x).astype(jnp.result_type(p))
-        ),
+        lambda x, p: p if is_masked(x) else (p + factor * x).astype(jnp.result_type(p)),
         momentum,
         params,
-        is_leaf=_is_masked,
+        is_leaf=is_masked,
     )
 
 
@@ -146,10 +117,6 @@ def find_states(tree: Any, kinds: type | tuple[type, ...]) -> list[Any]:
         if child is not tree:
             found += find_states(child, kinds)
     return found
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
 
 
 def _state_names(state: Any) -> str:

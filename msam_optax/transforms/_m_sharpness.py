@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from msam_optax._base.hyperparams import check_integer, check_transformation
-from msam_optax._base.numerics import add_scaled, cast_like, statistics_dtype
+from msam_optax._base.numerics import add_scaled, statistics_dtype
 
 
 class MSharpness(NamedTuple):
@@ -110,6 +110,7 @@ def m_sharpness(
         zeros = optax.tree.zeros_like(params, dtype=statistics_dtype(params))
         mean, state = jax.lax.scan(accumulate, zeros, (state, samples))
         first = jax.tree.map(lambda x: x[0], samples)
-        return cast_like(mean, jax.eval_shape(batch_grad_fn, params, first)), state
+        like = jax.eval_shape(batch_grad_fn, params, first)
+        return optax.tree.cast_like(mean, like), state
 
     return MSharpness(init, gradient)

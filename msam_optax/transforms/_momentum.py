@@ -32,12 +32,12 @@ from msam_optax._base.hyperparams import (
     static_value,
 )
 from msam_optax._base.numerics import global_norm, safe_divide, statistics_dtype
+from msam_optax._base.trees import check_params, is_like, shapes_like
 from msam_optax.ascents._make import perturbation
 from msam_optax.transforms._find_momentum import (
     add_momentum,
     find_momentum,
     find_states,
-    is_like,
 )
 
 # momentum_fn(inner_state) -> the momentum, a tree like the parameters
@@ -73,6 +73,8 @@ class StoredPerturbationState(NamedTuple):
 
 
 PERTURBED = (MomentumPerturbationState, StoredPerturbationState)
+
+_MOVES = "MSAM moves the parameters that it is given"
 
 
 def momentum_perturbation(
@@ -183,7 +185,7 @@ def scaled_momentum_perturbation(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        _check_params(params)
+        check_params(_MOVES, params)
         momentum = find_momentum(state.inner_state, params)
         if previous is not None:
             # The same computation as in the second call below: XLA merges the two.
@@ -221,7 +223,7 @@ def _stored_perturbation(
         if momentum_fn is None:
             return find_momentum(inner_state, params)
         momentum = momentum_fn(inner_state)
-        if not is_like(momentum, params):
+        if not is_like(momentum, shapes_like(params), masked=True):
             raise ValueError(
                 "momentum_fn must return a tree like the parameters, "
                 f"{jax.tree.structure(params)}, but it returned "
@@ -240,7 +242,7 @@ def _stored_perturbation(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        _check_params(params)
+        check_params(_MOVES, params)
         clean = add_momentum(params, state.perturbation, -1)
         inner_updates, inner_state = inner.update(
             updates, state.inner_state, clean, **extra_args
@@ -265,14 +267,6 @@ def _stored_perturbation(
         return new_updates, StoredPerturbationState(inner_state, epsilon, ascent_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _check_params(params: Any) -> None:
-    if params is None:
-        raise ValueError(
-            "MSAM moves the parameters it is given, but params were None: call "
-            "update(grads, state, params)."
-        )
 
 
 def _check_inner(inner_state: Any) -> None:

@@ -8,7 +8,6 @@ import optax
 from msam_optax._base.hyperparams import check_real
 from msam_optax._base.numerics import (
     add_scaled,
-    cast_like,
     global_norm,
     orthogonal_part,
     safe_divide,
@@ -80,7 +79,7 @@ def remembered_gradient(
         orthogonal = _by_tensor(orthogonal_part, per_tensor)(perturbed, updates)
         return perturbed, RememberedGradientState(
             sharpness_aware_state=sharpness_aware_state,
-            orthogonal=cast_like(orthogonal, state.orthogonal),
+            orthogonal=optax.tree.cast_like(orthogonal, state.orthogonal),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from msam_optax._base.hyperparams import check_real, check_transformation, static_value
+from msam_optax._base.trees import check_params
 from msam_optax.ascents._make import perturbation
 from msam_optax.transforms._sharpness_aware import (
+    TAKEN_AT,
     ascended_state,
-    check_params,
     initial_state,
 )
 
@@ -71,7 +72,7 @@ def selected_gradient(
         per_example_loss_fn=None,
         **extra_args,
     ):
-        check_params(params)
+        check_params(TAKEN_AT, params)
         count = _number_to_keep(per_example_losses, per_example_loss_fn, gamma)
         epsilon, ascent_state = perturbation(
             ascent, updates, state.ascent_state, params, **extra_args

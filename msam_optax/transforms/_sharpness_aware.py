@@ -8,8 +8,11 @@ import optax
 
 from msam_optax._base.hyperparams import check_transformation
 from msam_optax._base.numerics import global_norm, statistics_dtype
+from msam_optax._base.trees import check_like, check_params
 from msam_optax.ascents._make import perturbation
 from msam_optax.combine import Combine
+
+TAKEN_AT = "A sharpness-aware gradient is taken at params + epsilon"
 
 
 class SharpnessAwareState(NamedTuple):
@@ -89,7 +92,7 @@ def sharpness_aware_gradient(
         return initial_state(ascent, params)
 
     def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
-        check_params(params)
+        check_params(TAKEN_AT, params)
         _check_grad_fn(grad_fn)
 
         def ascend(clean, params):
@@ -139,15 +142,6 @@ def ascended_state(
     return SharpnessAwareState(ascent_state, norm.astype(statistics_dtype(params)))
 
 
-def check_params(params: Any) -> None:
-    """Raises ValueError if the parameters to perturb are missing."""
-    if params is None:
-        raise ValueError(
-            "A sharpness-aware gradient is taken at params + epsilon, but params were "
-            "None: pass params to update."
-        )
-
-
 def _check_grad_fn(grad_fn: Any) -> None:
     if not callable(grad_fn):
         raise ValueError(
@@ -159,23 +153,13 @@ def _check_grad_fn(grad_fn: Any) -> None:
 
 def _check_gradient(gradient: Any, updates: Any) -> None:
     """Raises ValueError unless `gradient` has the updates' tree, shapes and dtypes."""
-
-    def describe(tree):
-        return jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree)
-
-    given, needed = describe(gradient), describe(updates)
-    if jax.tree.flatten(given) != jax.tree.flatten(needed):
-        hint = ""
-        if isinstance(gradient, tuple) and not isinstance(updates, tuple):
-            hint = (
-                " It returned a tuple: did you pass jax.value_and_grad, or a gradient "
-                "with has_aux=True? Return the gradient alone."
-            )
-        elif isinstance(gradient, jax.Array) and gradient.ndim == 0:
-            hint = (
-                " It returned a scalar: did you pass the loss and not jax.grad(loss)?"
-            )
-        raise ValueError(
-            f"grad_fn must return a gradient like the updates, {needed}, but it "
-            f"returned {given}.{hint}"
+    hint = ""
+    if isinstance(gradient, tuple) and not isinstance(updates, tuple):
+        hint = (
+            " It returned a tuple: did you pass jax.value_and_grad, or a gradient with "
+            "has_aux=True? Return the gradient alone."
         )
+    elif isinstance(gradient, jax.Array) and gradient.ndim == 0:
+        hint = " It returned a scalar: did you pass the loss and not jax.grad(loss)?"
+    needs = "grad_fn must return a gradient like the updates"
+    check_like(needs, gradient, updates, dtypes=True, hint=hint)

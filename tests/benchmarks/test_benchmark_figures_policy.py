@@ -62,14 +62,14 @@ def test_recorded_policy_decides_alike() -> None:
     policy = msam_optax.policies.adaptive(4)
     recorded = policy_trace.recorded(policy, 4)
     state, record = policy.init(jnp.zeros(2)), recorded.init(jnp.zeros(2))
-    for size in (1.0, 3.0, 1.0, 2.0):
+    for step, size in enumerate((1.0, 3.0, 1.0, 2.0)):
         gradient = jnp.array([3.0, 4.0]) * size
-        decision, state = policy.decide(gradient, state)
-        again, record = recorded.decide(gradient, record)
+        decision, state = policy.decide(gradient, state, step=step)
+        again, record = recorded.decide(gradient, record, step=step)
         assert again == decision
-        row = record.trace[state.step - 1]
+        row = record.trace[step]
         np.testing.assert_allclose(
-            row, [25 * size**2, state.mean, state.variance, decision], rtol=1e-6
+            row, [25 * size**2, state.mean, state.threshold, decision], rtol=1e-6
         )
 
 

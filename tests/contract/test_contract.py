@@ -556,6 +556,28 @@ def test_multi_steps_around_msam_is_the_large_batch(name):
 
 
 @all_methods
+def test_optax_finds_every_field_of_our_states_by_its_name(name):
+    for base in (sgd(), optax.adam(optax.cosine_decay_schedule(0.1, STEPS))):
+        tx = AROUND[name](base) if name in AROUND else method(name)
+        state = jax.eval_shape(tx.init, params())
+        for field in fields_of_ours(state):
+            optax.tree.get(state, field)  # KeyError where two are called so
+
+
+def fields_of_ours(state: Any) -> set[str]:
+    """The names of all fields of this package's states inside an optimizer's."""
+    children = jax.tree.leaves(state, is_leaf=lambda x: x is not state)
+    found = {
+        name
+        for child in children
+        if child is not state
+        for name in fields_of_ours(child)
+    }
+    ours = type(state).__module__.startswith("msam_optax.")
+    return found | set(getattr(state, "_fields", ()) if ours else ())
+
+
+@all_methods
 def test_tree_map_params_tells_parameters_from_scalars(name):
     state = trajectory(name)[1].state
     mapped = optax.tree_map_params(

@@ -1257,10 +1257,10 @@ def sgd() -> optax.GradientTransformation:
 
 # Trees like the parameters, and scalars, beyond the base optimizer's, as documented.
 STATES: dict[str, tuple[Callable[[], Any], int, int]] = {
-    "looksam": (lambda: mo.looksam(sgd(), 0.1), 1, 5),
-    "looksam, rho schedule": (lambda: mo.looksam(sgd(), ramp), 1, 6),
+    "looksam": (lambda: mo.looksam(sgd(), 0.1), 1, 4),
+    "looksam, rho schedule": (lambda: mo.looksam(sgd(), ramp), 1, 5),
     "ae_looksam": (lambda: mo.ae_looksam(sgd(), 0.1, 9), 1, 7),
-    "ae_looksam, k": (lambda: mo.ae_looksam(sgd(), 0.1, 9, k=2), 1, 8),
+    "ae_looksam, k": (lambda: mo.ae_looksam(sgd(), 0.1, 9, k=2), 1, 7),
     "ae_looksam, rho schedule": (lambda: mo.ae_looksam(sgd(), ramp, 9), 1, 8),
     "esam": (lambda: mo.esam(sgd()), 0, 2),
     "gsam": (lambda: mo.gsam(sgd()), 0, 1),

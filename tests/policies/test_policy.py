@@ -26,18 +26,23 @@ def decisions_of(
     gradients: Any = None,
     steps: int = 12,
     params: Any = PARAMS,
+    first_step: int = 0,
 ) -> tuple[list[bool], Any]:
     """The decisions on a sequence of gradients, and the last state."""
     if gradients is None:
         gradients = jax.tree.map(lambda x: jnp.ones((steps, *x.shape)), params)
 
-    def body(state: Any, g: Any) -> tuple[Any, Any]:
-        decision, state = policy.decide(g, state, params, unrelated="swallowed")
+    def body(carry: Any, g: Any) -> tuple[Any, Any]:
+        state, step = carry
+        decision, state = policy.decide(
+            g, state, params, step=step, unrelated="swallowed"
+        )
         chex.assert_shape(decision, ())
         chex.assert_type(decision, bool)
-        return state, decision
+        return (state, step + 1), decision
 
-    state, decisions = jax.lax.scan(body, policy.init(params), gradients)
+    carry = policy.init(params), jnp.int32(first_step)
+    (state, _), decisions = jax.lax.scan(body, carry, gradients)
     return decisions.tolist(), state
 
 
@@ -64,8 +69,7 @@ def decisions_of(
 def test_the_steps_employed(policy, steps):
     decisions, state = decisions_of(policy)
     assert [t for t, employed in enumerate(decisions) if employed] == list(steps)
-    assert state.step == 12
-    chex.assert_type(state.step, jnp.int32)
+    assert jax.tree.leaves(state) == []
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
@@ -89,9 +93,7 @@ def test_bernoulli_draws_by_seed_and_step_alone():
 def test_bernoulli_resumed_in_the_middle_continues_its_sequence():
     policy = mo.policies.bernoulli(0.5, seed=3)
     drawn = decisions_of(policy, steps=50)[0]
-    _, middle = decisions_of(policy, steps=20)
-    resumed = mo.policies.Policy(lambda params: middle, policy.decide)
-    assert decisions_of(resumed, steps=30)[0] == drawn[20:]
+    assert decisions_of(policy, steps=30, first_step=20)[0] == drawn[20:]
 
 
 # --- The adaptive policy --------------------------------------------------------------
@@ -161,7 +163,13 @@ def test_adaptive_is_its_recursion(norms, setting):
     assert 0 < sum(found) < 60 or setting == "no memory"
     np.testing.assert_allclose(state.mean, mean, rtol=1e-10)
     np.testing.assert_allclose(state.variance, variance, rtol=1e-10)
-    assert state.step == 60
+    last = np.flatnonzero(np.isfinite(NORMS[norms]))[-1]
+    share = min(last / SETTINGS[setting]["total_steps"], 1)
+    low, high = (SETTINGS[setting].get(f"lambda_{i}", d) for i, d in ((1, -1), (2, 1)))
+    c = share * low + (1 - share) * high
+    np.testing.assert_allclose(
+        state.threshold, mean + c * math.sqrt(variance), rtol=1e-10
+    )
 
 
 @x64
@@ -200,6 +208,16 @@ def test_gradients_that_are_not_finite_neither_employ_nor_enter(bad, value):
     assert not any(found[t] for t in bad)
     np.testing.assert_allclose(state.mean, mean, rtol=1e-10)
     np.testing.assert_allclose(state.variance, variance, rtol=1e-10)
+
+
+@x64
+def test_the_threshold_is_that_of_the_last_gradient_that_was_finite():
+    policy = mo.policies.adaptive(total_steps=20)
+    norms = np.where(np.arange(20) == 19, np.nan, noise[:20])
+    _, state = decisions_of(policy, gradients_of(norms))
+    _, before = decisions_of(policy, gradients_of(norms[:19]))
+    assert state.threshold == before.threshold != 0
+    assert policy.init(PARAMS).threshold == 0
 
 
 @pytest.mark.parametrize("huge", [1e10, 1e15, 1e18, 1e25])
@@ -287,10 +305,9 @@ def test_the_state_keeps_its_dtypes_under_scan(name, dtype):
 
 def decisions_of_traced(policy: mo.policies.Policy, params: Any) -> Any:
     return jax.lax.scan(
-        lambda state, _: policy.decide(params, state, params)[::-1],
+        lambda state, step: policy.decide(params, state, params, step=step)[::-1],
         policy.init(params),
-        None,
-        length=3,
+        jnp.arange(3),
     )[::-1]
 
 

@@ -45,7 +45,6 @@ PUBLIC: dict[str, list[str]] = {
         "EmployState",
         "MomentumPerturbationState",
         "SharpnessAwareState",
-        "policies.StepState",
         "StoredPerturbationState",
     ],
 }

@@ -157,8 +157,9 @@ def test_the_state_tells_the_last_decision():
 
 
 def test_the_policy_sees_every_gradient_that_comes_in():
-    def decide(updates, state, params, **extra_args):
-        return jnp.asarray(False), state + updates["b"][0]
+    def decide(updates, state, params, *, step, **extra_args):
+        chex.assert_type(step, jnp.int32)
+        return jnp.asarray(False), state + (step + 1) * updates["b"][0]
 
     tx = mo.employ(mo.policies.Policy(lambda params: jnp.zeros([]), decide), sam())
     state = tx.init(PARAMS)
@@ -166,7 +167,24 @@ def test_the_policy_sees_every_gradient_that_comes_in():
         updates = jax.tree.map(lambda x, t=t: jnp.full_like(x, 10.0**t), PARAMS)
         out, state = tx.update(updates, state, PARAMS, grad_fn=jax.grad(loss))
         chex.assert_trees_all_equal(out, updates)
-    assert state.policy_state == 111
+    assert state.policy_state == 321
+
+
+def test_an_employ_inside_another_and_its_policy_follow_the_steps_of_the_training():
+    inner = mo.employ(mo.policies.every(3), sam())
+    tx = mo.employ(mo.policies.every(2), inner)
+    _, state = train(tx, 13)
+    assert state.employed_steps == 7
+    assert state.inner_state.employed_steps == 3  # 0, 6 and 12
+
+
+def test_a_step_that_the_caller_gives_is_the_step_of_the_policy():
+    tx = mo.employ(mo.policies.between(100), sam())
+    _, state = train(tx, 3, step=99)
+    assert state.employed_steps == 0
+    _, state = train(tx, 3, step=100)
+    assert state.employed_steps == 3
+    assert state.step == 3
 
 
 # --- otherwise ------------------------------------------------------------------------

@@ -721,7 +721,7 @@ def test_a_momentum_that_is_no_number_is_refused_when_built(factory, decay):
 )
 def test_missing_params_are_asked_for(tx):
     grads = {"w": jnp.ones(2)}
-    with raises(r"params were None: call update\(grads, state, params\)"):
+    with raises(r"params were None: call update\(updates, state, params\)"):
         tx.update(grads, tx.init(grads))
 
 

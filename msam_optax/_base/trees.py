@@ -1,0 +1,103 @@
+"""Trees compared with one another, and parameters that must be there."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def check_params(why: str, params: Any) -> None:
+    """Raises ValueError if the parameters are missing; `why` says what needs them."""
+    if params is None:
+        raise ValueError(
+            f"{why}, but params were None: call update(updates, state, params)."
+        )
+
+
+def is_masked(x: Any) -> bool:
+    """Whether a node stands for a parameter that is masked out."""
+    return isinstance(x, optax.MaskedNode)
+
+
+def shapes_like(tree: Any) -> Any:
+    """The leaves' shapes and dtypes, in their structure.
+
+    They stand for the leaves where trees are compared: JAX's error on trees of
+    different structure prints their arrays, which copies them from the device.
+    """
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree
+    )
+
+
+def is_like(
+    tree: Any, shapes: Any, *, masked: bool = False, dtypes: bool = False
+) -> bool:
+    """Whether a tree is another one in structure and shapes.
+
+    Args:
+      tree: any tree.
+      shapes: `shapes_like` of the other one.
+      masked: let pass what the tree masks out.
+      dtypes: compare them too.
+    """
+
+    def matches(leaf, other):
+        if is_masked(leaf):
+            return masked or is_masked(other)
+        return (
+            jax.tree_util.all_leaves([other])
+            and jnp.shape(leaf) == other.shape
+            and not (dtypes and jnp.result_type(leaf) != other.dtype)
+        )
+
+    try:
+        same = jax.tree.map(matches, tree, shapes, is_leaf=is_masked)
+    except (TypeError, ValueError):  # the trees' structures differ
+        return False
+    return jax.tree.all(same)
+
+
+def check_like(
+    needs: str, tree: Any, other: Any, *, dtypes: bool, hint: str = ""
+) -> None:
+    """Raises ValueError unless a tree is another one in structure and shapes.
+
+    Args:
+      needs: the sentence that says so, without its full stop.
+      tree: what was given.
+      other: what it must be like.
+      dtypes: compare them too.
+      hint: a further sentence.
+    """
+    if not is_like(tree, shapes_like(other), dtypes=dtypes):
+        raise ValueError(f"{needs}, but {_difference(tree, other)}.{hint}")
+
+
+def described(tree: Any) -> dict[str, str]:
+    """Each leaf's path with its dtype and shape."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+        for path, leaf in leaves
+    }
+
+
+def _difference(tree: Any, other: Any) -> str:
+    """How a tree differs from what it must be like; the first few leaves of it."""
+    given, needed = described(tree), described(other)
+    pairs = [
+        (path, given.get(path), needed.get(path))
+        for path in {**needed, **given}
+        if given.get(path) != needed.get(path)
+    ]
+    if not pairs:
+        structures = jax.tree.structure(tree), jax.tree.structure(other)
+        return "it is a {} where a {} is needed".format(*structures)
+    shown = [
+        f"{has or 'nothing'} at {path or 'its root'} where {should or 'nothing'} is"
+        for path, has, should in pairs[:3]
+    ]
+    more = f" (and {len(pairs) - 3} more)" if len(pairs) > 3 else ""
+    return f"it has {', '.join(shown)} needed{more}"
