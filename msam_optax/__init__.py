@@ -8,6 +8,7 @@ from msam_optax import combine as combine
 from msam_optax import flax as flax
 from msam_optax import policies as policies
 from msam_optax import sharpness as sharpness
+from msam_optax.ascents._schedules import hold_then_decay as hold_then_decay
 from msam_optax.ascents._schedules import (
     rho_like_learning_rate as rho_like_learning_rate,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "friendly_sam",
     "gradient_norm_penalty",
     "gsam",
+    "hold_then_decay",
     "looksam",
     "m_sharpness",
     "make_train_step",

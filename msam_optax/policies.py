@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from msam_optax._base.hyperparams import check_integer, check_real
+from msam_optax._base.hyperparams import check_integer, check_real, tail_start
 from msam_optax._base.numerics import safe_sqrt, statistics_dtype, sum_of_squares
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "between",
     "every",
     "never",
+    "tail",
 ]
 
 
@@ -152,6 +153,34 @@ def between(start: int, stop: int | None = None) -> Policy:
             f"stop must come after start, but start={start} and stop={stop} were given."
         )
     return _at_steps(lambda step: (start <= step) & (step < stop))
+
+
+def tail(total_steps: int, fraction: float) -> Policy:
+    """Employs on the last steps of the training, those on which the rate decays.
+
+    With :func:`msam_optax.hold_then_decay` of the same two numbers as learning rate,
+    these are exactly the steps from which to the next the rate falls. The paper finds
+    that the sharpness-aware steps late in training do most of what all of them do.
+
+    Args:
+      total_steps: number of steps of the whole training.
+      fraction: share of the steps employed, in (0, 1].
+
+    Raises:
+      ValueError: if total_steps is not an integer of at least 1, fraction is outside
+        [0, 1] or less than half of a step, or one of them is not a Python number.
+
+    >>> import msam_optax, optax
+    >>> rate = msam_optax.hold_then_decay(0.1, total_steps=1000, fraction=0.2)
+    >>> sam = msam_optax.sharpness_aware_gradient(msam_optax.ascents.normalized(0.05))
+    >>> late = msam_optax.employ(msam_optax.policies.tail(1000, 0.2), sam)
+    >>> tx = optax.chain(late, optax.sgd(rate, momentum=0.9))
+
+    References:
+      Zhou et al., `Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late
+      in Training <https://arxiv.org/abs/2410.10373>`_, ICLR 2025.
+    """
+    return between(tail_start(total_steps, fraction))
 
 
 def bernoulli(probability: float, seed: int = 0) -> Policy:

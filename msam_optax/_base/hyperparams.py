@@ -55,6 +55,25 @@ def check_integer(name: str, value: Any, low: int) -> None:
         raise ValueError(f"{name} must be an integer, but {value!r} was given.")
 
 
+def tail_start(total_steps: int, fraction: float) -> int:
+    """The first step of the last `fraction` of a training; ValueError without any."""
+    check_integer("total_steps", total_steps, low=1)
+    check_real("fraction", fraction, low=0.0, high=1.0)
+    known = static_value(fraction), static_value(total_steps)
+    if None in known:
+        raise ValueError(
+            "total_steps and fraction must be Python numbers, but "
+            f"{total_steps!r} and {fraction!r} were given."
+        )
+    tail = round(fraction * total_steps)
+    if tail < 1:
+        raise ValueError(
+            f"The tail must have at least one step, but fraction={fraction} of "
+            f"total_steps={total_steps} has none."
+        )
+    return total_steps - tail
+
+
 def check_transformation(
     name: str, value: Any
 ) -> optax.GradientTransformationExtraArgs:

@@ -1,4 +1,4 @@
-"""Schedules for rho."""
+"""Schedules for rho, and of a learning rate whose decay has SAM's steps."""
 
 import jax.numpy as jnp
 import optax
@@ -7,6 +7,7 @@ from msam_optax._base.hyperparams import (
     ScalarOrSchedule,
     check_real,
     check_scalar_or_schedule,
+    tail_start,
 )
 
 
@@ -66,3 +67,36 @@ def rho_like_learning_rate(
         return jnp.asarray(rho_min + (rho_max - rho_min) * share)
 
     return schedule
+
+
+def hold_then_decay(
+    value: float, total_steps: int, fraction: float, end_value: float = 0.0
+) -> optax.Schedule:
+    r"""A learning rate that is held and then falls to its end on a straight line.
+
+    With the first step of the tail :math:`s = T - \operatorname{round}(fT)`, it is
+    value for :math:`t \le s`, and from there falls linearly to end_value at step T. For
+    sharpness-aware steps on the tail alone see :func:`msam_optax.policies.tail`.
+
+    Args:
+      value: the rate that is held.
+      total_steps: T, number of steps of the whole training.
+      fraction: f, the share of them on which the rate falls, in (0, 1].
+      end_value: the rate after the last step.
+
+    Returns:
+      A schedule.
+
+    Raises:
+      ValueError: if value or end_value is not a finite number; else as
+        :func:`msam_optax.policies.tail`.
+
+    >>> import msam_optax
+    >>> rate = msam_optax.hold_then_decay(0.1, total_steps=100, fraction=0.2)
+    >>> print(f"{rate(0):.2f} {rate(80):.2f} {rate(90):.2f} {rate(100):.2f}")
+    0.10 0.10 0.05 0.00
+    """
+    check_real("value", value)
+    check_real("end_value", end_value)
+    start = tail_start(total_steps, fraction)
+    return optax.linear_schedule(value, end_value, total_steps - start, start)

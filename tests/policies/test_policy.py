@@ -1,5 +1,6 @@
 """Policies: when they say yes, and what they remember."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -94,6 +95,18 @@ def test_bernoulli_resumed_in_the_middle_continues_its_sequence():
     policy = mo.policies.bernoulli(0.5, seed=3)
     drawn = decisions_of(policy, steps=50)[0]
     assert decisions_of(policy, steps=30, first_step=20)[0] == drawn[20:]
+
+
+@pytest.mark.parametrize("total, fraction", [(20, 0.2), (7, 0.5), (5, 1.0), (3, 0.2)])
+def test_the_tail_is_where_the_learning_rate_falls(total, fraction):
+    decisions, _ = decisions_of(mo.policies.tail(total, fraction), steps=total)
+    rate = mo.hold_then_decay(0.3, total, fraction, end_value=0.1)
+    rates = [float(rate(t)) for t in range(total + 1)]
+    assert decisions == [new < old for old, new in itertools.pairwise(rates)]
+    assert sum(decisions) == round(fraction * total)
+    np.testing.assert_allclose([rates[0], rates[-1]], [0.3, 0.1], rtol=1e-6)
+    falls = -np.diff(rates)[decisions]
+    np.testing.assert_allclose(falls, 0.2 / sum(decisions), rtol=1e-5)
 
 
 # --- The adaptive policy --------------------------------------------------------------
@@ -336,6 +349,12 @@ def decisions_of_traced(policy: mo.policies.Policy, params: Any) -> Any:
         (lambda: mo.policies.bernoulli("0.5"), "probability must be"),  # type: ignore[arg-type]
         (lambda: mo.policies.bernoulli(0.5, 1.5), "seed must be an integer"),  # type: ignore[arg-type]
         (lambda: mo.policies.bernoulli(0.5, -1), "seed must be"),
+        (lambda: mo.policies.tail(0, 0.5), "total_steps must be"),
+        (lambda: mo.policies.tail(10, 1.5), r"fraction must be .* in \[0, 1\]"),
+        (lambda: mo.policies.tail(10, 0.01), "fraction=0.01 of total_steps=10 has no"),
+        (lambda: mo.policies.tail(10, jnp.float32(0.2)), "must be Python numbers"),  # type: ignore[arg-type]
+        (lambda: mo.hold_then_decay(0.1, 10, 0.0), "at least one step"),
+        (lambda: mo.hold_then_decay(math.nan, 10, 0.5), "value must be"),
         (lambda: mo.policies.adaptive(0), "total_steps must be"),
         (lambda: mo.policies.adaptive(10.0), "total_steps must be an integer"),  # type: ignore[arg-type]
         (lambda: mo.policies.adaptive(math.nan), "total_steps must be"),  # type: ignore[arg-type]
