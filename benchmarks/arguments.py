@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from jax.sharding import Mesh
 
-from benchmarks.tasks import data, models, training
+from benchmarks.tasks import data, models, optimizers, training
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,8 +76,16 @@ def fraction(text: str) -> float:
     return value
 
 
-def add_task_arguments(parser: Parser, seeds: int) -> None:
-    """Adds the arguments of `load_task`, and those that are the same for all runs."""
+def add_task_arguments(
+    parser: Parser, seeds: int, weight_decay: float | None = optimizers.WEIGHT_DECAY
+) -> None:
+    """Adds the arguments of `load_task`, and those that are the same for all runs.
+
+    Args:
+      parser: what they are added to.
+      seeds: default of --seeds.
+      weight_decay: default of --weight-decay; None for that of each optimizer's own.
+    """
 
     def add(flag: str, help_text: str, **options: Any) -> None:
         parser.add_argument(flag, help=f"{help_text} (default: %(default)s)", **options)
@@ -115,11 +123,12 @@ def add_task_arguments(parser: Parser, seeds: int) -> None:
         default=128,
         metavar="N",
     )
-    add(
+    own = "each one's own" if weight_decay is None else f"{weight_decay:g}"
+    parser.add_argument(
         "--weight-decay",
-        "of every optimizer",
+        help=f"of every optimizer (default: {own})",
         type=non_negative,
-        default=5e-4,
+        default=weight_decay,
         metavar="LAMBDA",
     )
 

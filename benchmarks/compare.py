@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,17 +32,13 @@ from benchmarks.reports.comparison import (
 )
 from benchmarks.tasks import optimizers, training
 
-# One radius for all methods, in the unit of the parameters.
-SHARPNESS_RADIUS = 0.1
-
-_DEFAULT_OPTIMIZERS = ("sgd", "nag", "adam", "sam", "msam", "ae_sam")
+_DEFAULT_OPTIMIZERS = ("sgd", "nag", "adam", "msam", "sam", "ae_sam", "looksam")
 
 
 def compare(
     task: training.Task,
     contenders: Sequence[Contender],
     seeds: int,
-    weight_decay: float,
     on_epoch: Callable[[str, int], None] = lambda label, advance: None,
 ) -> Iterator[Run]:
     """Trains every contender with every seed.
@@ -53,7 +50,6 @@ def compare(
       task: what is learned.
       contenders: what is trained.
       seeds: how many runs each contender gets.
-      weight_decay: of every optimizer.
       on_epoch: called with what is going on and the number of epochs just finished.
 
     Yields:
@@ -64,7 +60,7 @@ def compare(
         for contender in contenders:
             if contender not in trainers:
                 on_epoch(f"compiling {contender}", 0)
-                trainers[contender] = _trainer(task, contender, weight_decay)
+                trainers[contender] = _trainer(task, contender)
                 trainers[contender].warm_up()
             label = f"{contender}, seed {seed + 1} of {seeds}"
             on_epoch(label, 0)
@@ -77,11 +73,12 @@ def compare(
             )
 
 
-def _trainer(
-    task: training.Task, contender: Contender, weight_decay: float
-) -> training.Trainer:
+def _trainer(task: training.Task, contender: Contender) -> training.Trainer:
     setting = optimizers.Setting(
-        contender.learning_rate, contender.rho or 0.0, weight_decay, task.total_steps
+        contender.learning_rate,
+        contender.rho or 0.0,
+        contender.weight_decay,
+        task.total_steps,
     )
     method = optimizers.METHODS[contender.optimizer]
     return training.Trainer(task, method.build(setting), method.extra_gradient)
@@ -111,12 +108,8 @@ def _measure(
         train_accuracy=evaluate(task.train_images, epoch.labels).accuracy,
         clean_train_accuracy=evaluate(task.train_images, task.clean_labels).accuracy,
         test_loss=test.loss,
-        sharpness=training.sharpness(
-            task.model,
-            weights,
-            task.train_images,
-            epoch.labels,
-            SHARPNESS_RADIUS,
+        sharpness=training.largest_eigenvalue(
+            task.model, weights, task.train_images, epoch.labels
         ),
         sam_fraction=epoch.sam_fraction,
         seconds=epoch.seconds,
@@ -145,7 +138,7 @@ def _rhos(text: str) -> list[tuple[str, float]]:
 
 def _parser() -> arguments.Parser:
     parser = arguments.Parser(__doc__.splitlines()[0])
-    arguments.add_task_arguments(parser, seeds=10)
+    arguments.add_task_arguments(parser, seeds=10, weight_decay=None)
     parser.add_argument(
         "--optimizers",
         nargs="+",
@@ -190,13 +183,20 @@ def _contenders(
     parser: arguments.Parser, args: argparse.Namespace
 ) -> tuple[list[Contender], str]:
     """What to train, and where the hyper-parameters that were not given come from."""
-    tuned, source = optimizers.load_tuned(args.dataset, args.model)
+    tuned, source = optimizers.load_studied(args.dataset, args.model)
     contenders = []
     for name in args.optimizers:
-        learning_rate, default_rho = optimizers.hyperparameters(name, tuned)
-        rhos = [rho for given, rho in args.rho if given == name] or [default_rho]
+        found = tuned.get(name) or optimizers.untuned(name)
+        rhos = [rho for given, rho in args.rho if given == name] or [found.rho]
+        rate, decay = args.learning_rate, args.weight_decay
         contenders += [
-            Contender(name, args.learning_rate or learning_rate, rho) for rho in rhos
+            Contender(
+                name,
+                found.learning_rate if rate is None else rate,
+                rho,
+                found.weight_decay if decay is None else decay,
+            )
+            for rho in rhos
         ]
     for name, _ in args.rho:
         if name not in args.optimizers:
@@ -204,7 +204,8 @@ def _contenders(
     untuned = [name for name in args.optimizers if name not in tuned]
     if tuned and untuned:
         source += f"; defaults, not tuned, for {', '.join(untuned)}"
-    given = [f"--{key}" for key in ("learning_rate", "rho") if getattr(args, key)]
+    flags: dict[str, Any] = {"learning_rate": None, "weight_decay": None, "rho": []}
+    given = [f"--{key}" for key, unset in flags.items() if getattr(args, key) != unset]
     if given:
         source += f", but for {' and '.join(given).replace('_', '-')}"
     return list(dict.fromkeys(contenders)), source
@@ -251,9 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.update(bar, description=label, advance=advance)
 
         try:
-            for run in compare(
-                task, contenders, args.seeds, args.weight_decay, on_epoch
-            ):
+            for run in compare(task, contenders, args.seeds, on_epoch):
                 runs.append(run)
         except KeyboardInterrupt:
             interrupted = True
@@ -271,12 +270,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "seeds": args.seeds,
             "epochs": args.epochs,
             "batch_size": args.batch_size,
-            "weight_decay": args.weight_decay,
             "momentum": optimizers.MOMENTUM,
             "learning_rate_schedule": "cosine to 0",
             "train_examples": len(task.clean_labels),
             "test_examples": len(task.test_labels),
-            "sharpness_radius": SHARPNESS_RADIUS,
             "hyperparameters": source,
         }
         if task.split is not None:

@@ -4,6 +4,7 @@ import csv
 import math
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ from benchmarks.reports import comparison_figures, report
 TABLE_WIDTH = 120
 
 
+_estimate = partial(report.estimate, level=0.95)
+
+
 class Contender(NamedTuple):
     """A row of the table: a method with its hyper-parameters.
 
@@ -25,11 +29,13 @@ class Contender(NamedTuple):
       optimizer: name of the method.
       learning_rate: at the first step.
       rho: radius; None for a method without one.
+      weight_decay: lambda.
     """
 
     optimizer: str
     learning_rate: float
     rho: float | None
+    weight_decay: float
 
     def __str__(self) -> str:
         rho = "" if self.rho is None else f" ρ={self.rho:g}"
@@ -47,7 +53,8 @@ class Run(NamedTuple):
       train_accuracy: at the end, on the labels trained on, noise included.
       clean_train_accuracy: at the end, on the labels without the noise.
       test_loss: at the end.
-      sharpness: at the end, on the labels trained on.
+      sharpness: at the end, the largest eigenvalue of the Hessian, on the labels
+        trained on.
       sam_fraction: share of the steps that took a second gradient.
       seconds: of the training steps, without compiling and evaluating.
       diverged: whether a loss was not finite.
@@ -117,15 +124,13 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
             Row(
                 contender=contender,
                 runs=len(own),
-                final_accuracy=report.estimate([r.test_accuracies[-1] for r in own]),
-                best_accuracy=report.estimate([max(r.test_accuracies) for r in own]),
-                gain=report.estimate(gains),
-                train_accuracy=report.estimate([r.train_accuracy for r in own]),
-                clean_train_accuracy=report.estimate(
-                    [r.clean_train_accuracy for r in own]
-                ),
-                test_loss=report.estimate([r.test_loss for r in own]),
-                sharpness=report.estimate([r.sharpness for r in own]),
+                final_accuracy=_estimate([r.test_accuracies[-1] for r in own]),
+                best_accuracy=_estimate([max(r.test_accuracies) for r in own]),
+                gain=_estimate(gains),
+                train_accuracy=_estimate([r.train_accuracy for r in own]),
+                clean_train_accuracy=_estimate([r.clean_train_accuracy for r in own]),
+                test_loss=_estimate([r.test_loss for r in own]),
+                sharpness=_estimate([r.sharpness for r in own]),
                 gradients=statistics.mean(r.gradients[-1] for r in own),
                 sam_fraction=statistics.mean(r.sam_fraction for r in own),
                 relative_time=statistics.median(ratios) if ratios else math.nan,
@@ -149,6 +154,7 @@ def print_report(
     for header in (
         "learn.\nrate",
         "ρ",
+        "decay",
         "final test\nacc. %",
         "best test\nacc. %",
         "final\n- SGD",
@@ -157,7 +163,7 @@ def print_report(
         "gra-\ndients",
         "time\n/ SGD",
         "SAM\nsteps",
-        "sharp-\nness",
+        "largest\neigenv.",
     ):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
@@ -166,6 +172,7 @@ def print_report(
             row.contender.optimizer,
             f"{row.contender.learning_rate:g}",
             "" if rho is None else f"{rho:g}",
+            f"{row.contender.weight_decay:g}",
             row.final_accuracy.percent(),
             row.best_accuracy.percent(),
             "" if math.isnan(row.gain.mean) else row.gain.percent(sign="+"),
@@ -174,19 +181,19 @@ def print_report(
             f"{row.gradients:.0f}",
             "" if math.isnan(row.relative_time) else f"{row.relative_time:.2f}",
             f"{row.sam_fraction:.0%}",
-            f"{row.sharpness.mean:.4f}",
+            f"{row.sharpness.mean:.2f}",
         )
     console.print(table)
     for line in (
-        "±: 68% interval of the mean. Final - SGD: difference to SGD with the same "
+        "±: 95% interval of the mean. Final - SGD: difference to SGD with the same "
         "seed, in points.",
         "Train acc. (given): on the labels trained on, noise included.",
         "Gradients: of a batch, in a run. Time: of the training steps alone, median "
         "over the seeds.",
-        f"Sharpness: L(w + r g/|g|) - L(w), r = {settings['sharpness_radius']:g}, over "
-        "the training part with the given labels.",
-        f"Learning rates and rhos: {settings['hyperparameters']}. With other noise or "
-        "epochs than those of the tuning they may mislead.",
+        "Largest eigenvalue: of the Hessian of the loss, over the first 1000 training "
+        "examples with the given labels.",
+        f"Learning rates, rhos and decays: {settings['hyperparameters']}. With other "
+        "noise or epochs than those of the tuning they may mislead.",
     ):
         console.print(line, highlight=False)
     for row in rows:
@@ -271,8 +278,7 @@ def _save_figures(out: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[P
     for row in rows:
         own = [run for run in runs if run.contender == row.contender]
         epochs = [
-            report.estimate(a)
-            for a in zip(*(r.test_accuracies for r in own), strict=True)
+            _estimate(a) for a in zip(*(r.test_accuracies for r in own), strict=True)
         ]
         curves.append(
             comparison_figures.Curve(

@@ -11,11 +11,13 @@ from typing import NamedTuple
 import optax
 
 import msam_optax
-from benchmarks.tasks.search import Space, axis
+from benchmarks.tasks.search import Hyperparameters, Space, axis
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 MOMENTUM = 0.9
+# Where it was not tuned
+WEIGHT_DECAY = 5e-4
 # What the search draws from at first; the learning rates three and then ten times the
 # first, the rest 1, 2, 5, 10 times.
 SGD_RATES = axis(0.001, 0.3, (1, 3))
@@ -251,3 +253,30 @@ def hyperparameters(
     if method.base is None:
         return method.default, None
     return hyperparameters(method.base, tuned)[0], method.default
+
+
+# What `study.py` tuned, by dataset and model, as compare.py trains them.
+_STUDIES = {("mnist5k", "mlp"): "digits"}
+
+
+def load_studied(dataset: str, model: str) -> tuple[dict[str, Hyperparameters], str]:
+    """The hyper-parameters that `study.py` chose, and in words where they come from.
+
+    Returns:
+      Hyper-parameters by method, empty if untuned; and their source.
+    """
+    name = _STUDIES.get((dataset, model))
+    path = RESULTS / "studies" / str(name) / "chosen.json"
+    if not path.is_file():
+        return {}, "defaults, not tuned on this task"
+    methods = json.loads(path.read_text(encoding="utf-8"))["methods"]
+    chosen = {
+        method: Hyperparameters(**found["chosen"]) for method, found in methods.items()
+    }
+    return chosen, f"studies/{name}, tuned with label noise 0.4 and 30 epochs"
+
+
+def untuned(name: str) -> Hyperparameters:
+    """A method's hyper-parameters where it was not tuned."""
+    learning_rate, rho = hyperparameters(name, {})
+    return Hyperparameters(learning_rate, rho, WEIGHT_DECAY)

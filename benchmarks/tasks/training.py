@@ -1,8 +1,9 @@
 """Training runs of the benchmarks, and what is measured at their end."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,11 +16,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import msam_optax
 from benchmarks.tasks import data
 from msam_optax.flax.linen import init_linen, linen_loss, recalibrate_batch_stats
+from msam_optax.sharpness import hessian_eigenvalues
 
 # Forward passes without gradients, bounded so that large datasets fit into memory.
 _EVALUATION_BATCH = 1000
 # Batches that batch statistics are averaged over.
 _CALIBRATION_BATCHES = 32
+# The largest eigenvalue stands far from the others.
+_LANCZOS_STEPS = 12
 
 
 class Weights(NamedTuple):
@@ -268,6 +272,26 @@ def sharpness(
     )
 
 
+def largest_eigenvalue(
+    model: nn.Module, weights: Weights, images: jax.Array, labels: jax.Array
+) -> float:
+    """Of the Hessian over the first 1000 examples; NaN where it is not finite."""
+    first = slice(_EVALUATION_BATCH)
+    batch = images[first], labels[first], weights.model_state
+    try:
+        top = hessian_eigenvalues(
+            _mean_loss(model),
+            weights.params,
+            [batch],
+            1,
+            jax.random.key(0),
+            num_matvecs=_LANCZOS_STEPS,
+        )
+    except ValueError:
+        return math.nan
+    return float(top.values[0])
+
+
 def _gather(images: jax.Array, labels: jax.Array, indices: Any) -> tuple[Any, Any]:
     """A batch of data that is on the device, without a copy from the host."""
     return images[indices], labels[indices]
@@ -289,6 +313,16 @@ def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def _logits(model, weights, images):
     variables = {"params": weights.params, **weights.model_state}
     return model.apply(variables, images, train=False)
+
+
+@cache
+def _mean_loss(model: nn.Module) -> Callable[[Any, Any], jax.Array]:
+    def loss(params, batch):
+        images, labels, model_state = batch
+        logits = _logits(model, Weights(params, model_state), images)
+        return _cross_entropy(logits, labels).mean()
+
+    return loss
 
 
 @partial(jax.jit, static_argnums=0)

@@ -17,6 +17,7 @@ from benchmarks import compare
 from benchmarks.reports import report
 from benchmarks.reports.comparison import Contender, Run, summarise
 from benchmarks.tasks import data, models, optimizers, training
+from benchmarks.tasks.search import Hyperparameters
 
 FAST = ["--dataset", "digits", "--epochs", "2", "--batch-size", "256"]
 
@@ -161,7 +162,7 @@ def test_interrupt_before_the_first_run_ends(
 
     monkeypatch.setattr(compare, "_trainer", interrupted)
     assert compare.main([*FAST, "--seeds", "2", "--out", str(tmp_path)]) == 130
-    assert "0 of 12 runs" in capsys.readouterr().out
+    assert "0 of 14 runs" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -218,7 +219,7 @@ def test_single_run_has_no_interval() -> None:
 def test_runs_are_compared_with_sgd_of_the_same_seed() -> None:
     def run(name: str, seed: int, seconds: float, accuracy: float) -> Run:
         return Run(
-            contender=Contender(name, 0.1, None),
+            contender=Contender(name, 0.1, None, 0.0),
             seed=seed,
             test_accuracies=[accuracy],
             gradients=[1],
@@ -264,6 +265,25 @@ def test_untuned_method_takes_over_its_base_learning_rate() -> None:
     sgd = optimizers.METHODS["sgd"]
     assert optimizers.hyperparameters("msam", {}) == (sgd.default, msam.default)
     assert optimizers.hyperparameters("sgd", {}) == (sgd.default, None)
+
+
+def test_studied_values_are_read_from_the_results(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(optimizers, "RESULTS", tmp_path)
+    assert optimizers.load_studied("mnist5k", "mlp")[0] == {}
+    folder = tmp_path / "studies" / "digits"
+    folder.mkdir(parents=True)
+    chosen = Hyperparameters(learning_rate=0.5, rho=None, weight_decay=0.25)
+    results = {"methods": {"sgd": {"chosen": chosen._asdict()}}}
+    (folder / "chosen.json").write_text(json.dumps(results))
+    found, source = optimizers.load_studied("mnist5k", "mlp")
+    assert found == {"sgd": chosen}
+    assert source.startswith("studies/digits, tuned with label noise 0.4")
+    assert optimizers.load_studied("digits", "mlp")[0] == {}
+    rho = optimizers.METHODS["msam"].default
+    rate = optimizers.METHODS["sgd"].default
+    assert optimizers.untuned("msam") == (rate, rho, optimizers.WEIGHT_DECAY)
 
 
 def test_tuned_values_are_read_from_the_results(
@@ -321,6 +341,22 @@ def test_evaluation_equals_one_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.accuracy == (logits.argmax(1) == labels).mean()
     log_sum = np.log(np.exp(logits).sum(1))
     assert found.loss == pytest.approx((log_sum - chosen).mean(), rel=1e-5)
+
+
+def test_largest_eigenvalue_of_logistic_regression() -> None:
+    """At zero weights the Hessian is (I - 11'/10)/10 times E[x x']."""
+    model = models.build("mlp", 10, widths=())
+    digits = data.load("digits")
+    images = digits.train_images[:1000]
+    params = model.init(jax.random.key(0), images[:1], train=False)["params"]
+    weights = training.Weights(optax.tree.zeros_like(params), {})
+    examples = jnp.asarray(digits.train_images), jnp.asarray(digits.train_labels)
+    found = training.largest_eigenvalue(model, weights, *examples)
+    flat = np.append(images.reshape(1000, -1), np.ones((1000, 1)), axis=1)
+    expected = 0.1 * np.linalg.eigvalsh(flat.T @ flat / 1000)[-1]
+    assert found == pytest.approx(expected, rel=0.01)
+    infinite = weights._replace(params=jax.tree.map(lambda x: x / 0, weights.params))
+    assert math.isnan(training.largest_eigenvalue(model, infinite, *examples))
 
 
 def test_sharpness_of_logistic_regression(monkeypatch: pytest.MonkeyPatch) -> None:
