@@ -108,13 +108,16 @@ def _notes(kind: str, plan: Plan, provenance: Mapping[str, Any]) -> list[str]:
         f"{plan.moves}. Seeds and examples of the test are in no run of the search. "
         "(edge): the best still lies at the edge of what was tried.",
         "",
-        f"Command: `{provenance['command']}`; all runs, each with the commit of the "
-        "code: `validation.jsonl`, `test.jsonl`.",
+        "All runs, each with the commit of its code: `validation.jsonl`, `test.jsonl`.",
         "",
-        *(
-            f"{key.capitalize()}: "
-            + ", ".join(f"{k} {v}" for k, v in provenance[key].items())
-            + ".\n"
-            for key in ("machine", "versions")
-        ),
+        *origin(provenance),
     ]
+
+
+def origin(provenance: Mapping[str, Any]) -> list[str]:
+    """Command, commit, machine and versions, in Markdown."""
+    lines = [f"Command: `{provenance['command']}`, commit {provenance['commit']}."]
+    for key in ("machine", "versions"):
+        values = ", ".join(f"{k} {v}" for k, v in provenance[key].items())
+        lines += ["", f"{key.capitalize()}: {values}."]
+    return lines

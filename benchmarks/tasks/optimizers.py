@@ -188,10 +188,14 @@ def _adamw_ae_sam(setting: Setting) -> optax.GradientTransformation:
 
 
 def _adamw_tail(setting: Setting) -> optax.GradientTransformation:
-    last = msam_optax.policies.between(round(0.75 * setting.total_steps))
+    # SAM on the last quarter of the steps, where alone the learning rate falls.
+    quarter = setting.total_steps, 0.25
     ascent = msam_optax.ascents.normalized(setting.rho)
     sam = msam_optax.sharpness_aware_gradient(ascent)
-    return optax.chain(msam_optax.employ(last, sam), _adamw(setting))
+    late = msam_optax.employ(msam_optax.policies.tail(*quarter), sam)
+    rate = msam_optax.hold_then_decay(setting.learning_rate, *quarter)
+    adamw = optax.adamw(rate, setting.momentum, weight_decay=setting.weight_decay)
+    return optax.chain(late, adamw)
 
 
 def _muon(setting: Setting) -> optax.GradientTransformation:
@@ -217,7 +221,7 @@ AROUND_ADAMW: dict[str, tuple[Build, Space]] = {
     "adamw_msam": (_adamw_msam, _ADAMW_MSAM),
     "sam": (_around_adamw(msam_optax.sam), _ADAMW_SAM),
     "ae_sam": (_adamw_ae_sam, _ADAMW_SAM),
-    "sam, last quarter": (_adamw_tail, _ADAMW_SAM),
+    "sam, tail": (_adamw_tail, _ADAMW_SAM),
     "muon": (_muon, _MUON),
     "muon, msam": (_muon_msam, _MUON._replace(rho=axis(0.02, 0.5))),
 }

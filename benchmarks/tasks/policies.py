@@ -45,13 +45,23 @@ def _first(setting: Setting, share: float) -> policies.Policy:
 
 
 def _last(setting: Setting, share: float) -> policies.Policy:
-    return policies.between(round((1 - share) * setting.total_steps))
+    return policies.tail(setting.total_steps, share)
 
 
 def _adaptive(setting: Setting, share: float) -> policies.Policy:
     shift = SHIFTS[share]
     return policies.adaptive(
         setting.total_steps, lambda_1=shift - 1, lambda_2=shift + 1
+    )
+
+
+def _tail(share: float, setting: Setting) -> optax.GradientTransformation:
+    """As `last`, and the learning rate falls on those steps alone."""
+    rate = msam_optax.hold_then_decay(setting.learning_rate, setting.total_steps, share)
+    return optax.chain(
+        msam_optax.employ(_last(setting, share), _sam(setting)),
+        optax.add_decayed_weights(setting.weight_decay),
+        optax.sgd(rate, setting.momentum),
     )
 
 
@@ -90,6 +100,7 @@ def at_share(share: float) -> dict[str, Build]:
         "every": _employed(_every, share),
         "first": _employed(_first, share),
         "last": _employed(_last, share),
+        "tail": partial(_tail, share),
         "ae_sam": _employed(_adaptive, share),
         "looksam": partial(_looksam, share),
         "ae_looksam": partial(_ae_looksam, share),

@@ -201,7 +201,7 @@ def test_policies_build_and_have_one_share(share: float) -> None:
 
         (_, state), _ = jax.lax.scan(step, (params, tx.init(params)), length=steps)
         employed = optax.tree.get(state, "employed_steps") / steps
-        if name in ("every", "first", "last", "looksam", "weighted"):
+        if name in ("every", "first", "last", "tail", "looksam", "weighted"):
             assert employed == pytest.approx(share)
         elif name == "coin":
             assert employed == pytest.approx(share, abs=0.1)
