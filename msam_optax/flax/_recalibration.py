@@ -78,7 +78,8 @@ def take_anew(step: Step, statistics: Any, streams: Any, batches: Iterable[Any])
             )
         return outputs, new_leaves, streams
 
-    pairs, total, examples, last = _pairs(paths, leaves), {}, 0, None
+    pairs, examples, last = _pairs(paths, leaves), 0, None
+    total: dict[int, Any] = {}
     decays: dict[_Pair, np.ndarray] = {}
     for inputs in batches:
         if last is None and pairs:

@@ -3,7 +3,9 @@
 Extra: ``pip install msam_optax[flax]``.
 """
 
-from collections.abc import Callable
+import contextlib
+import inspect
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -11,10 +13,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from msam_optax.flax import _nnx_passes as passes
 from msam_optax.flax._inputs import Inputs
+from msam_optax.flax._nnx_captured import objects_in
+from msam_optax.flax._nnx_passes import NNXLoss
 from msam_optax.flax._nnx_statistics import recalibrate_batch_stats
 from msam_optax.training._state import TrainState
-from msam_optax.training._step import LossFn, loss_and_aux
+from msam_optax.training._step import LossFn
 from msam_optax.transforms._eval_params import eval_params
 
 __all__ = [
@@ -27,11 +32,9 @@ __all__ = [
 ]
 
 Module = TypeVar("Module", bound=nnx.Module)
-# loss(model, batch) -> (loss, aux)
-NNXLoss = Callable[[nnx.Module, Any], tuple[jax.Array, Any]]
 
 
-def nnx_loss(model: nnx.Module, loss: NNXLoss) -> LossFn:
+def nnx_loss(model: nnx.Module, loss: NNXLoss, *others: Any) -> LossFn:
     """The loss function of an NNX module, for :func:`msam_optax.make_train_step`.
 
     What is not a parameter (batch statistics, the counters of random streams) is the
@@ -41,13 +44,24 @@ def nnx_loss(model: nnx.Module, loss: NNXLoss) -> LossFn:
     ``nnx.update(model, eval_params(state.opt_state, state.params),
     state.model_state)``.
 
+    What the module sows (``nnx.Intermediate``) is of one pass and not carried on; the
+    loss can take it, ``nnx.pop(model, nnx.Intermediate)``, and add it.
+
     Args:
       model: an NNX module, in training mode.
-      loss: ``loss(model, batch) -> (loss, aux)``; the loss is a scalar, or one loss
-        for each example.
+      loss: ``loss(model, batch, *others) -> (loss, aux)``; the loss is a scalar, or one
+        loss for each example.
+      *others: what else the loss is called with. The state of NNX objects (random
+        streams, for a model that takes ``rngs=``) is carried on too, if
+        :func:`init_nnx` gets the same; then ``model_state`` is that of the tuple:
+        ``nnx.update((model, *others), state.model_state)``.
 
     Returns:
       ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux))``.
+
+    Raises:
+      ValueError: by ``loss_fn``, if a pass adds state to the module, or changes an NNX
+        object that is not among the arguments.
 
     >>> import jax.numpy as jnp, msam_optax, optax
     >>> from flax import nnx
@@ -59,55 +73,75 @@ def nnx_loss(model: nnx.Module, loss: NNXLoss) -> LossFn:
     >>> state = init_nnx(model, tx)
     >>> state, metrics = step(state, (jnp.ones((8, 3)), jnp.zeros((8, 1))), None)
     """
-    graphdef, _, _ = _split(model, nnx.Param)
+    objects = objects_in(others)
+    graph, _, _ = passes.split(model, objects, nnx.Param)
 
     def loss_fn(params, model_state, batch, key):
         del key
-        inside = nnx.merge(graphdef, params, model_state, copy=True)
-        value, aux = loss_and_aux(loss(inside, batch))
-        _, _, model_state = _split(inside, nnx.Param)
-        return value, (nnx.as_pure(model_state), aux)
+        rest = model_state if objects else nnx.State({0: model_state})
+        value, (aux, changed) = passes.run(graph, params, rest, loss, batch, others)
+        flat = dict(nnx.to_flat_state(rest)) | dict(nnx.to_flat_state(changed))
+        rest = nnx.from_flat_state(list(flat.items()))
+        return value, (rest if objects else _of_first(rest), aux)
 
     return loss_fn
 
 
-def init_nnx(model: nnx.Module, optimizer: optax.GradientTransformation) -> TrainState:
+def init_nnx(
+    model: nnx.Module, optimizer: optax.GradientTransformation, *others: Any
+) -> TrainState:
     """The first train state of an NNX module, with copies of all its arrays.
 
     Args:
       model: an NNX module.
       optimizer: any Optax optimizer.
+      *others: those of :func:`nnx_loss`.
 
     Returns:
       A :class:`msam_optax.TrainState` whose ``params`` are the module's ``nnx.Param``
       and whose ``model_state`` is all else.
     """
-    _, params, model_state = _split(_copy(model), nnx.Param)
-    params = nnx.as_pure(params)
-    return TrainState(params, optimizer.init(params), nnx.as_pure(model_state))
+    objects = objects_in(others)
+    _, params, rest = passes.split(model, objects, nnx.Param)
+    params, rest = jax.tree.map(jnp.copy, (nnx.as_pure(params), rest))
+    model_state = rest if objects else _of_first(rest)
+    return TrainState(params, optimizer.init(params), model_state)
 
 
 def nnx_update(
-    model: nnx.Module, optimizer: nnx.Optimizer, loss: NNXLoss, batch: Any
+    model: nnx.Module,
+    optimizer: nnx.Optimizer,
+    loss: NNXLoss,
+    batch: Any,
+    *others: Any,
 ) -> tuple[jax.Array, Any]:
     """One training step of an NNX module by its `nnx.Optimizer`, in place.
 
     For a trainer of your own, inside ``nnx.jit``. The second gradient sees the same
-    batch, the same dropout and the same batch statistics as the first; the module keeps
-    the statistics of the clean pass.
+    batch, the same dropout and the same batch statistics as the first; the module, and
+    all NNX objects that the loss uses, keep what the clean pass made of them.
+
+    What the module sows (``nnx.Intermediate``) is of one pass and not carried on; the
+    loss can take it, ``nnx.pop(model, nnx.Intermediate)``, and add it.
 
     Args:
       model: an NNX module, in training mode.
       optimizer: ``nnx.Optimizer(model, tx, wrt=nnx.Param)`` with any method of this
-        package, or of Optax, that needs ``grad_fn`` and ``value`` at most.
-      loss: ``loss(model, batch) -> (loss, aux)``, the loss a scalar.
+        package, or of Optax, that needs ``grad_fn`` and ``value`` at most. A subclass
+        may have another ``update``, of ``(model, grads)`` or of ``grads``.
+      loss: ``loss(model, batch, *others) -> (loss, aux)``, the loss a scalar.
       batch: handed to the loss.
+      *others: handed to the loss: random streams, a teacher, arrays. NNX objects in the
+        loss's closure are found, too.
 
     Returns:
       The clean loss, and aux.
 
     Raises:
-      TypeError: if ``optimizer`` is not an ``nnx.Optimizer``.
+      TypeError: if ``optimizer`` is not an ``nnx.Optimizer``, or its ``update`` needs
+        other arguments.
+      ValueError: if the pass adds state to the module, or changes an NNX object that
+        the jitted step has not got as an argument.
 
     >>> import jax.numpy as jnp, msam_optax, optax
     >>> from flax import nnx
@@ -123,22 +157,19 @@ def nnx_update(
     >>> outputs = eval_model(model, optimizer)(jnp.ones((8, 3)))
     """
     _check_optimizer(optimizer)
-    graphdef, params, others = _split(model, optimizer.wrt)
+    objects = objects_in((loss, batch, others))
+    graph, params, rest = passes.split(model, objects, optimizer.wrt)
 
     def loss_at(params):
-        # A copy: what a pass changes in it, statistics and random streams, is not seen
-        # by the other pass.
-        inside = nnx.merge(graphdef, params, others, copy=True)
-        value, aux = loss_and_aux(loss(inside, batch))
-        _, _, changed = _split(inside, optimizer.wrt)
-        return value, (aux, changed)
+        return passes.run(graph, params, rest, loss, batch, others)
 
     def grad_fn(params):
         return nnx.as_pure(jax.grad(loss_at, has_aux=True)(params)[0])
 
     (value, (aux, changed)), grads = jax.value_and_grad(loss_at, has_aux=True)(params)
-    optimizer.update(model, grads, grad_fn=grad_fn, value=value)
-    nnx.update(model, changed)
+    with _handing_on(optimizer, grad_fn=grad_fn, value=value):
+        _call_update(optimizer, model, grads)
+    passes.write(graph, changed)
     return value, aux
 
 
@@ -179,6 +210,39 @@ def _check_optimizer(optimizer: Any) -> None:
         )
 
 
-def _split(model: nnx.Module, wrt: Any) -> Any:
-    """An NNX module's graph, its parameters, and all else that it holds."""
-    return nnx.split(model, wrt, ...)
+def _of_first(state: Any) -> nnx.State:
+    """What a state of a tuple holds of its first object."""
+    return state.get(0, nnx.State({}))
+
+
+@contextlib.contextmanager
+def _handing_on(optimizer: nnx.Optimizer, **given: Any) -> Iterator[None]:
+    """The optimizer's transformation gets `given`, whatever `update` calls it with."""
+    own = optimizer.tx
+    tx = optax.with_extra_args_support(own)
+
+    def update(updates, state, params=None, **extra_args):
+        return tx.update(updates, state, params, **{**given, **extra_args})
+
+    optimizer.tx = optax.GradientTransformationExtraArgs(tx.init, update)
+    try:
+        yield
+    finally:
+        optimizer.tx = own
+
+
+def _call_update(optimizer: nnx.Optimizer, model: nnx.Module, grads: Any) -> None:
+    """`optimizer.update` with as much as it takes: a subclass may hold the model."""
+    signature = inspect.signature(optimizer.update)
+    for args, kwargs in ((model, grads), {}), ((grads,), {}), ((), {"grads": grads}):
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError:
+            continue
+        optimizer.update(*args, **kwargs)
+        return
+    raise TypeError(
+        f"nnx_update calls optimizer.update(model, grads) or optimizer.update(grads), "
+        f"but that of {type(optimizer).__name__} takes {signature}: give what it takes "
+        "besides a default."
+    )

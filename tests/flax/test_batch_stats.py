@@ -365,7 +365,7 @@ def test_spectral_norm_stays_the_norm_of_its_kernel():
     )[0]
     assert jnp.max(jnp.abs(evaluated - trained)) < 2  # in standard deviations
 
-    net = NNXSpectral()
+    net: Any = NNXSpectral()
     recalibrate_nnx_batch_stats(net, batches)
     sigma = np.linalg.norm(net.layer.layer_instance.kernel[...], 2)
     found = nnx.to_pure_dict(nnx.state(net.layer, nnx.BatchStat))["batch_stats"]
@@ -452,7 +452,7 @@ def test_statistics_of_low_precision_keep_their_dtype(dtype):
 
 
 def test_an_nnx_norm_that_is_frozen_stays_so():
-    model = NNXNet(nnx.Rngs(0))
+    model: Any = NNXNet(nnx.Rngs(0))
     model.layers.append(nnx.BatchNorm(8, use_running_average=True, rngs=nnx.Rngs(0)))
     recalibrate_nnx_batch_stats(model, batches_of_four_features())
     assert jnp.all(model.layers[1].mean[...] != 0)
