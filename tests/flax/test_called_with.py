@@ -90,7 +90,7 @@ WAYS: dict[str, Any] = {
         (lambda inner: lambda m, b: inner(m, b))(lambda m, b: nnx_squared(m, b, rngs)),
     ),
     "one function twice": lambda rngs: (
-        (lambda unused, inner: lambda m, b: (unused and unused, inner(m, b))[1])(
+        (lambda first, second: lambda m, b: (first, second(m, b))[1])(
             *[lambda m, b: nnx_squared(m, b, rngs)] * 2
         ),
     ),
