@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tests.resuming import AROUND, METHODS, MSAM, sgd
+from tests.every_method import MSAM
+from tests.resuming import build, sgd
 
 
 def tree() -> dict[str, np.ndarray]:
@@ -75,7 +76,7 @@ def run(tx: Any, *pairs: Any) -> list[Any]:
 
 @functools.cache
 def method(name: str) -> Any:
-    return METHODS[name]()
+    return build(name)
 
 
 @functools.cache
@@ -85,5 +86,5 @@ def guarded(name: str) -> Any:
     Where it makes another gradient of them, its optimizer refuses that one too.
     """
     if name in MSAM:
-        return optax.apply_if_finite(MSAM[name](), 9)
-    return optax.apply_if_finite(AROUND[name](optax.apply_if_finite(sgd(), 9)), 9)
+        return optax.apply_if_finite(build(name), 9)
+    return optax.apply_if_finite(build(name, optax.apply_if_finite(sgd(), 9)), 9)

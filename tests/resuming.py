@@ -12,50 +12,25 @@ import optax
 import orbax.checkpoint as ocp
 
 import msam_optax as mo
+from tests import every_method
+from tests.every_method import ONE_EACH, falling
 
 STEPS, SAVED = 8, 3
-
-
-def falling(t: Any) -> Any:
-    """A schedule of rho that changes on every step."""
-    return 0.3 / (1 + 0.2 * t)
 
 
 def sgd() -> optax.GradientTransformation:
     return optax.sgd(optax.cosine_decay_schedule(0.05, 2 * STEPS), momentum=0.9)
 
 
-# Each of these takes the base optimizer that it stands around.
-AROUND: dict[str, Callable[[optax.GradientTransformation], Any]] = {
-    "sam": lambda base: mo.sam(base, falling),
-    "asam": lambda base: mo.asam(base, 0.5),
-    "fisher_sam": lambda base: mo.fisher_sam(base, 0.1),
-    "gsam": lambda base: mo.gsam(base, falling),
-    "gradient_norm_penalty": lambda base: mo.gradient_norm_penalty(base, 0.1),
-    "ss_sam": lambda base: mo.ss_sam(base, falling, seed=2),
-    "ae_sam": lambda base: mo.ae_sam(base, 0.1, total_steps=STEPS, delta=0.5),
-    "looksam": lambda base: mo.looksam(base, 0.1, k=3),
-    "ae_looksam": lambda base: mo.ae_looksam(
-        base, falling, total_steps=STEPS, delta=0.5
-    ),
-    "esam": lambda base: mo.esam(base, 0.1, seed=1),
-    "friendly_sam": lambda base: mo.friendly_sam(base, 0.1),
-    "wsam": lambda base: mo.wsam(base, 0.1),
-    "wsam, decoupled": lambda base: mo.wsam(base, 0.1, learning_rate=falling),
-}
-MSAM: dict[str, Callable[[], Any]] = {
-    "msam": lambda: mo.msam(0.05, rho=falling),
-    # The usual eps is 0 in float16, and Adam's step then 0/0 where gradients are zero.
-    "adamw_msam": lambda: mo.adamw_msam(0.01, eps=1e-6, rho=0.3),
-    "momentum_perturbation": lambda: mo.momentum_perturbation(
-        optax.lion(0.01), ascent=mo.ascents.stochastic(falling, beta=0.5)
-    ),
-}
-METHODS: dict[str, Callable[[], Any]] = {
-    **{name: functools.partial(around, sgd()) for name, around in AROUND.items()},
-    **MSAM,
-}
-EMPLOYING = ["ss_sam", "ae_sam", "looksam", "ae_looksam"]
+# Every method once, with whatever it may keep in its state.
+METHODS = [name for name in ONE_EACH if name != "momentum_perturbation"]
+METHODS += ["momentum_perturbation, stochastic", "wsam, decoupled, schedules"]
+
+
+def build(name: str, base: Any = None) -> Any:
+    return every_method.build(name, sgd() if base is None else base, 0.01)
+
+
 # What else is saved and resumed: per-shard ascents, and a scale of the loss.
 ALIASES = [*METHODS, "m_sharpness", "loss scaling"]
 SCALING = mo.LossScaling(initial=64.0, growth_interval=3)  # grows in mid-run
@@ -105,7 +80,7 @@ def training(name: str, dispatch: Any = "auto") -> Training:
     if name == "m_sharpness":
         return m_sharpness()
     scaling = SCALING if name == "loss scaling" else None
-    tx = METHODS["msam" if scaling else name]()
+    tx = build("msam" if scaling else name)
     step = mo.make_train_step(loss_fn, tx, dispatch=dispatch, loss_scaling=scaling)
 
     def start(p: Any) -> mo.TrainState:

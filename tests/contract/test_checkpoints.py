@@ -16,9 +16,10 @@ import pytest
 
 import msam_optax as mo
 from tests import resuming, resuming_processes
+from tests.every_method import EMPLOYING
 from tests.problems import Problem, mlp, quadratic
 from tests.reference import recursions
-from tests.resuming import ALIASES, EMPLOYING, SAVED, STEPS, digest, restore, save
+from tests.resuming import ALIASES, SAVED, STEPS, digest, restore, save
 
 
 def assert_same_bits(tree: Any, other: Any) -> None:
@@ -46,7 +47,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, dispatch, tmp_path):
     assert optax.tree.norm(optax.tree.cast(moved, jnp.float32)) > 0.01
 
 
-@pytest.mark.parametrize("name", ["ss_sam", "ae_sam", "looksam", "ae_looksam"])
+@pytest.mark.parametrize("name", EMPLOYING)
 def test_what_was_resumed_decided_both_ways(name):
     seen = resuming.uninterrupted(name)[SAVED:]
     assert {bool(metrics.employed) for _, metrics in seen} == {True, False}

@@ -15,9 +15,12 @@ import pytest
 
 import msam_optax as mo
 from tests import resuming, resuming_processes
+from tests.every_method import EMPLOYING, MSAM, falling
 from tests.faults import HEALTHY, POISONS, guarded, method, poisoned, run, step_of, tree
-from tests.resuming import ALIASES, AROUND, METHODS, MSAM, STEPS, digest, falling, sgd
+from tests.resuming import ALIASES, METHODS, STEPS, build, digest, sgd
 
+AROUND = [name for name in METHODS if name not in MSAM]
+MOMENTUM = [name for name in METHODS if name in MSAM]
 all_methods = pytest.mark.parametrize("name", METHODS)
 
 
@@ -47,7 +50,7 @@ def test_a_clean_gradient_that_is_not_finite_leaves_no_trace(name):
 
 # The decoupled form adds the perturbed gradient behind its optimizer: there only the
 # loss_scaling of make_train_step stops what is not finite.
-@pytest.mark.parametrize("name", [n for n in AROUND if n != "wsam, decoupled"])
+@pytest.mark.parametrize("name", [n for n in AROUND if "decoupled" not in n])
 def test_a_perturbed_gradient_that_is_not_finite_moves_no_weight(name):
     healthy = run(guarded(name), *HEALTHY)
     rejected = 0
@@ -71,7 +74,7 @@ def test_a_perturbed_gradient_that_is_not_finite_moves_no_weight(name):
         chex.assert_tree_all_finite(last)
         # The training goes on; LookSAM's when its memory is next refreshed.
         assert digest(last) != digest(p)
-    assert rejected > (0 if name in resuming.EMPLOYING else 4)
+    assert rejected > (0 if name in EMPLOYING else 4)
 
 
 def test_a_shard_that_is_not_finite_stays_out_of_the_weights_and_the_other_shards():
@@ -112,7 +115,7 @@ def test_all_zero_gradients_perturb_nothing_and_harm_nothing(name):
     assert np.max(np.abs(last[0]["matrix"] - tree()["matrix"])) > 5e-3
 
 
-@pytest.mark.parametrize("name", MSAM)
+@pytest.mark.parametrize("name", MOMENTUM)
 def test_a_momentum_that_dies_out_harms_nothing(name):
     @jax.jit
     def long_pause(carry: Any) -> Any:
@@ -171,14 +174,15 @@ def split(base: Any) -> Any:
     return optax.partition({"trained": base, "frozen": optax.set_to_zero()}, labels)
 
 
-def around_split(around: Callable[[Any], Any]) -> Any:
-    return around(split(sgd()))
+def around_split(name: str) -> Any:
+    return build(name, split(sgd()))
 
 
+DECOUPLED = "wsam, decoupled, schedules"
 FREEZING: dict[str, Callable[[], Any]] = {
-    **{name: functools.partial(around_split, AROUND[name]) for name in AROUND},
+    **{name: functools.partial(around_split, name) for name in AROUND},
     # It adds to its optimizer's updates: freeze behind it.
-    "wsam, decoupled": lambda: optax.chain(AROUND["wsam, decoupled"](sgd()), freeze()),
+    DECOUPLED: lambda: optax.chain(build(DECOUPLED), freeze()),
     "msam of the others": lambda: split(mo.msam(0.05, rho=falling)),
     "msam around": lambda: mo.momentum_perturbation(split(sgd()), falling),
     "msam behind": lambda: optax.chain(freeze(), mo.msam(0.05, rho=falling)),

@@ -22,31 +22,32 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import msam_optax as mo
+from tests.every_method import MSAM, build, sgd
 
 STEPS, DEVICES = 6, 8
 REPLICATED, SPLIT = PartitionSpec(), PartitionSpec("data")
 
 
-def falling(t: Any) -> Any:
-    return 0.3 / (1 + 0.3 * t)
+SGD = sgd()
 
 
-SGD = optax.sgd(0.1, momentum=0.9)
-AE_SAM = mo.ae_sam(SGD, 0.2, total_steps=STEPS)
-# What is trained, and how it is dispatched.
-METHODS: dict[str, tuple[optax.GradientTransformation, Any]] = {
-    "msam": (mo.msam(0.1, rho=falling), "auto"),
-    "adamw_msam": (mo.adamw_msam(0.01, rho=0.3), "auto"),
-    "adaptive msam": (
-        mo.momentum_perturbation(SGD, ascent=mo.ascents.adaptive(falling, eta=0.01)),
-        "auto",
-    ),
-    "sam": (mo.sam(SGD, falling), "auto"),
-    "friendly_sam": (mo.friendly_sam(SGD, 0.2), "auto"),
-    "esam": (mo.esam(SGD, 0.2), "auto"),
-    "looksam": (mo.looksam(SGD, 0.2, k=2), "auto"),
-    "ae_sam in graph": (AE_SAM, "in_graph"),
-    "ae_sam from the host": (AE_SAM, "host"),
+class Case(NamedTuple):
+    """What is trained, and how it is dispatched."""
+
+    method: str
+    dispatch: Any = "auto"
+
+    @property
+    def tx(self) -> Any:
+        return build(self.method)
+
+
+NAMES = ["msam, rho schedule", "adamw_msam", "momentum_perturbation, adaptive"]
+NAMES += ["sam, rho schedule", "friendly_sam", "esam", "looksam"]
+METHODS = {
+    **{name: Case(name) for name in NAMES},
+    "ae_sam in graph": Case("ae_sam", "in_graph"),
+    "ae_sam from the host": Case("ae_sam", "host"),
 }
 # Of these the policy takes both decisions within the steps.
 DECIDING = [name for name in METHODS if name.startswith(("ae_sam", "looksam"))]
@@ -55,7 +56,7 @@ LAYOUTS = {
     "fully sharded": list(METHODS),
     # JAX chooses no samples from an array that is explicitly sharded, and a device in
     # shard_map knows its own only.
-    "explicitly sharded": ["msam", "sam", *DECIDING],
+    "explicitly sharded": ["msam, rho schedule", "sam, rho schedule", *DECIDING],
     "shard_map": [n for n in METHODS if n not in ("esam", "ae_sam from the host")],
 }
 CASES = [(name, layout) for layout, names in LAYOUTS.items() for name in names]
@@ -134,7 +135,7 @@ def loss_fn(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
 
 def run(name: str, layout: Layout) -> dict[str, Any]:
     """Trains; what is kept is on the host."""
-    tx, dispatch = METHODS[name]
+    tx, dispatch = METHODS[name].tx, METHODS[name].dispatch
     start, batches = problem()
 
     def shardings(tree: Any) -> Any:
@@ -263,12 +264,13 @@ def ascend_by_shard() -> dict[str, float]:
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(pathlib.Path(__file__).resolve())],
+        [sys.executable, "-W", "error", "-m", "tests.contract.test_sharding"],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         check=False,
+        cwd=pathlib.Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -281,7 +283,7 @@ in_all_cases = pytest.mark.parametrize("method, layout", CASES)
 def test_the_trajectory_is_that_of_one_device(report, method, layout):
     found = report[f"{method}, {layout}"]
     assert found["moved"] > 0.01
-    assert (found["perturbation"] > 0.01) == ("msam" in method)
+    assert (found["perturbation"] > 0.01) == (method in MSAM)
     assert found["apart"] < 1e-12
 
 

@@ -11,22 +11,14 @@ import pytest
 
 import msam_optax
 from msam_optax import LossScaling, TrainState, make_train_step
+from tests.every_method import ONE_EACH, build
 
 SGD = optax.sgd(0.1, momentum=0.9)
+# Where no parameter is drawn, rounding alone would select ESAM's samples: draw all.
+NAMES = [name for name in ONE_EACH if name != "esam"] + ["esam, every parameter"]
 OPTIMIZERS = {
     "sgd": SGD,
-    "adamw_msam": msam_optax.adamw_msam(0.01, rho=0.1),
-    "ae_sam": msam_optax.ae_sam(SGD, rho=0.1, total_steps=10),
-    "asam": msam_optax.asam(SGD, rho=0.1),
-    # Where no parameter is drawn, rounding alone would select the samples: draw all.
-    "esam": msam_optax.esam(SGD, rho=0.1, beta=1.0),
-    "fisher_sam": msam_optax.fisher_sam(SGD, rho=0.1),
-    "friendly_sam": msam_optax.friendly_sam(SGD, rho=0.1),
-    "gsam": msam_optax.gsam(SGD, rho=0.1),
-    "looksam": msam_optax.looksam(SGD, rho=0.1, k=2),
-    "msam": msam_optax.msam(0.1, rho=0.1),
-    "sam": msam_optax.sam(SGD, rho=0.1),
-    "ss_sam": msam_optax.ss_sam(SGD, rho=0.1),
+    **{name: build(name, SGD, 0.01) for name in NAMES},
     "unnormalized": optax.chain(
         msam_optax.sharpness_aware_gradient(msam_optax.ascents.unnormalized(0.1)), SGD
     ),
@@ -87,7 +79,7 @@ def test_a_power_of_two_changes_nothing(name):
     assert_close((state[:3], metrics.loss), (plain[:3], plain_metrics.loss))
 
 
-@pytest.mark.parametrize("name", ["sgd", "sam", "msam", "fisher_sam", "esam"])
+@pytest.mark.parametrize("name", ["sgd", "sam", "msam", "fisher_sam", NAMES[-1]])
 def test_small_float16_gradients_do_not_underflow(name):
     params, batches = problem()
     tiny = partial(losses, compute_dtype=jnp.float16, size=1e-7)

@@ -12,22 +12,12 @@ from flax import nnx
 import msam_optax
 from msam_optax.flax.nnx import init_nnx, nnx_loss
 from msam_optax.training._microbatches import microbatched
+from tests.every_method import build
 
 PARTS, BATCH = 4, 16
 SGD = optax.sgd(0.1, momentum=0.9)
-OPTIMIZERS = {
-    "sgd": SGD,
-    "msam": msam_optax.msam(0.1, rho=0.3),
-    "sam": msam_optax.sam(SGD, rho=0.5),
-    "ae_sam": msam_optax.ae_sam(SGD, rho=0.5, total_steps=6),
-    "looksam": msam_optax.looksam(SGD, rho=0.5, k=2),
-    "second order": optax.chain(
-        msam_optax.sharpness_aware_gradient(
-            msam_optax.ascents.normalized(0.5), second_order=True
-        ),
-        SGD,
-    ),
-}
+NAMES = ["msam", "sam", "ae_sam", "looksam", "sam, second order"]
+OPTIMIZERS = {"sgd": SGD, **{name: build(name, SGD) for name in NAMES}}
 
 
 def loss_fn(params, model_state, batch, key):
