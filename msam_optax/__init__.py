@@ -3,6 +3,10 @@
 from importlib import import_module
 from types import ModuleType
 
+from msam_optax._base.versions import require as _require
+
+_require("jax", "jaxlib", "optax")
+
 from msam_optax import ascents as ascents
 from msam_optax import combine as combine
 from msam_optax import flax as flax
@@ -106,7 +110,7 @@ __all__ = [
     "wsam",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -7,6 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from msam_optax._base.versions import require as _require
+
+_require("flax", extra="flax")
+
 import flax.linen as nn
 import jax
 import optax

@@ -8,6 +8,10 @@ import inspect
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+from msam_optax._base.versions import require as _require
+
+_require("flax", extra="flax")
+
 import jax
 import jax.numpy as jnp
 import optax

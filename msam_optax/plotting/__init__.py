@@ -7,6 +7,10 @@ has the same colour, line style and marker in all figures (:func:`looks`).
 Extra: ``pip install msam_optax[plot]``.
 """
 
+from msam_optax._base.versions import require as _require
+
+_require("matplotlib", extra="plot")
+
 from msam_optax.plotting._draw import Estimates as Estimates
 from msam_optax.plotting._figures import plot_cost as plot_cost
 from msam_optax.plotting._figures import plot_eigenvalues as plot_eigenvalues
