@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from msam_optax._base.numerics import global_norm, statistics_dtype
-from msam_optax._base.trees import is_like, shapes_like
 from msam_optax.transforms._find_momentum import (
     add_momentum,
     find_momentum,
     find_states,
+    leaves_like,
+    momentum_leaves,
 )
 from msam_optax.transforms._momentum import PERTURBED, StoredPerturbationState
 
@@ -41,21 +42,23 @@ def eval_params(state: optax.OptState, params: optax.Params) -> optax.Params:
         raise ValueError(
             "eval_params(state, params) was given the optimizer: pass its state."
         )
-    if any(map(_is_state_dict, find_states(state, dict))):
+    found = find_states(state, (dict, *PERTURBED))
+    if any(map(_is_state_dict, found)):
         raise ValueError(
             "eval_params(state, params) was given a dictionary made of an optimizer "
             "state: restore it first, for instance by "
             "flax.serialization.from_state_dict(optimizer.init(params), dictionary)."
         )
-    swapped = is_like(state, shapes_like(params), masked=True)
+    swapped = leaves_like(state, params) is not None
     if state is None or _holds_optax_state(params) or swapped:
         raise ValueError(
             "eval_params(state, params) needs an optimizer state first and its "
             f"parameters second, but {type(state).__name__} and "
             f"{type(params).__name__} were given: were they swapped?"
         )
-    for found in find_states(state, PERTURBED):
-        params = _unperturbed(found, params)
+    for node in found:
+        if isinstance(node, PERTURBED):
+            params = _unperturbed(node, params)
     return params
 
 
@@ -71,9 +74,11 @@ def perturbation_norm(state: optax.OptState, params: optax.Params) -> jax.Array:
     return total
 
 
-def _is_state_dict(node: dict) -> bool:
-    """Whether a dictionary has the fields of a state that this file defines."""
-    return any(node.keys() >= set(kind._fields[:2]) for kind in PERTURBED)
+def _is_state_dict(node: Any) -> bool:
+    """Whether a node is a dictionary with the fields of a perturbed state."""
+    return isinstance(node, dict) and any(
+        node.keys() >= set(kind._fields[:2]) for kind in PERTURBED
+    )
 
 
 def _holds_optax_state(params: Any) -> bool:
@@ -93,17 +98,21 @@ _FOREIGN_STATE = (
 
 
 def _unperturbed(state: Any, params: optax.Params) -> optax.Params:
+    leaves, treedef = jax.tree.flatten(params)
+    found: list[Any] | None
     if isinstance(state, StoredPerturbationState):
-        if not is_like(state.perturbation, shapes_like(params), masked=True):
+        factor, found = -1, leaves_like(state.perturbation, params)
+        if found is None:
             raise ValueError(_FOREIGN_STATE)
-        return add_momentum(params, state.perturbation, -1)
-    if jnp.ndim(state.scale) != 0:
-        raise ValueError(
-            f"The state is batched (its scale has shape {jnp.shape(state.scale)}): use "
-            "jax.vmap(eval_params)(state, params)."
-        )
-    try:
-        momentum = find_momentum(state.inner_state, params)
-    except ValueError as error:
-        raise ValueError(_FOREIGN_STATE) from error
-    return add_momentum(params, momentum, state.scale)
+    else:
+        if jnp.ndim(state.scale) != 0:
+            raise ValueError(
+                "The state is batched (its scale has shape "
+                f"{jnp.shape(state.scale)}): use jax.vmap(eval_params)(state, params)."
+            )
+        factor = state.scale
+        try:
+            found = momentum_leaves(state.inner_state, params)
+        except ValueError as error:
+            raise ValueError(_FOREIGN_STATE) from error
+    return jax.tree.unflatten(treedef, add_momentum(leaves, found, factor))
