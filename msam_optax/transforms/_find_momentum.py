@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from msam_optax._base.trees import is_masked
-
 # Where Optax's states keep the running sum or mean of gradients: TraceState.trace and
 # ScaleByAdamState.mu, ScaleByLionState.mu, MuonState.mu, ...
 MOMENTUM_FIELDS = ("trace", "mu")
@@ -170,7 +168,7 @@ def find_states(tree: Any, kinds: type | tuple[type, ...]) -> list[Any]:
     """All states of some kinds inside an optimizer's state, outermost first."""
     found = []
 
-    def look(node):
+    def look(node: Any) -> bool:
         if isinstance(node, kinds):
             found.append(node)
         return False
@@ -184,7 +182,7 @@ def left_out(x: Any) -> bool:
 
     Optax's wrappers put a MaskedNode there, `equinox.filter` None.
     """
-    return x is None or is_masked(x)
+    return x is None or isinstance(x, optax.MaskedNode)
 
 
 def _top(node: Any) -> Any:
