@@ -7,7 +7,6 @@ python benchmarks/step_cost.py --quick --out /tmp/step_cost
 """
 
 import argparse
-import inspect
 import itertools
 import json
 import subprocess
@@ -73,17 +72,15 @@ class Program(NamedTuple):
     accessed_bytes: float
 
 
-def compile_program(function: Any, *args: Any, **kwargs: Any) -> Program:
-    """Compiles a jitted function, whose calls then find it compiled."""
+def compile_program(lowered: jax.stages.Lowered, trace_seconds: float) -> Program:
+    """Compiles a function that was lowered, whose calls then find it compiled."""
     start = time.perf_counter()
-    lowered = function.lower(*args, **kwargs)
-    middle = time.perf_counter()
     compiled = lowered.compile()
     end = time.perf_counter()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     return Program(
-        trace_seconds=middle - start,
-        compile_seconds=end - middle,
+        trace_seconds=trace_seconds,
+        compile_seconds=end - start,
         temporary_bytes=memory.temp_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         flops=cost.get("flops", 0.0),
@@ -97,9 +94,8 @@ class Trial:
     Attributes:
       state_bytes: of the optimizer's state.
       employs: whether the optimizer takes its extra gradient on some steps only.
-      plain: the programs of a step without the extra gradient.
-      employed: the programs of a step with it; the same ones where the decision is
-        made in the program, or there is none to make.
+      programs: what it runs.
+      flops: of a step without the extra gradient, and of one with it.
     """
 
     def __init__(
@@ -119,23 +115,15 @@ class Trial:
                 is_leaf=lambda x: isinstance(x, msam_optax.EmployState),
             )
         )
-        self.plain, self.employed = self._compile()
-
-    def _compile(self) -> tuple[list[Program], list[Program]]:
-        # The step is a Python function that runs one of these or two.
-        jitted = inspect.getclosurevars(self._step).nonlocals
-        args = next(self._batches), self._key
-        if not (self.employs and jax.default_backend() == "cpu"):
-            whole = [compile_program(jitted["in_graph"], self._state, *args)]
-            return whole, whole
-        decide, finish = jitted["first_half"], jitted["second_half"]
-        clean, _ = jax.eval_shape(decide, self._state, *args)
-        decided = compile_program(decide, self._state, *args)
-        plain, employed = (
-            compile_program(finish, self._state, clean, *args, employed=employed)
-            for employed in (False, True)
-        )
-        return [decided, plain], [decided, employed]
+        args = self._state, next(self._batches), self._key
+        self.programs = _compiled(self._step, *args)
+        self.flops = _flops(self.programs)
+        if self.employs and "step" in self.programs:
+            # XLA counts the dearest branch of a conditional: take the branches apart.
+            apart = msam_optax.make_train_step(
+                problem.loss_fn, optimizer, dispatch="host"
+            )
+            self.flops = _flops(_compiled(apart, *args))
 
     def run(self, steps: int) -> list[timing.Sample]:
         """Takes training steps, and waits for each as a user that reads it would."""
@@ -150,6 +138,24 @@ class Trial:
             employed = bool(metrics.employed) if self.employs else True
             samples.append(timing.Sample(seconds, employed))
         return samples
+
+
+def _compiled(step: msam_optax.TrainStep, *args: Any) -> dict[str, Program]:
+    start = time.perf_counter()
+    programs = step.lower(*args).programs
+    seconds = (time.perf_counter() - start) / len(programs)
+    return {
+        name: compile_program(lowered, seconds) for name, lowered in programs.items()
+    }
+
+
+def _flops(programs: dict[str, Program]) -> tuple[float, float]:
+    if "step" in programs:
+        return programs["step"].flops, programs["step"].flops
+    decide, plain, employed = (
+        programs[name].flops for name in ("decide", "plain", "employed")
+    )
+    return decide + plain, decide + employed
 
 
 def measure_steps(
@@ -187,10 +193,8 @@ def _step_cost(
     method = METHODS[name]
     fraction = timing.employed_fraction(rounds, name)
 
-    def flops(programs):
-        return sum(program.flops for program in programs)
-
-    programs = list(dict.fromkeys(trial.plain + trial.employed))
+    plain, employed = trial.flops
+    programs = trial.programs.values()
     return StepCost(
         model=model,
         name=name,
@@ -199,8 +203,7 @@ def _step_cost(
         seconds=timing.seconds(rounds, name),
         employed_fraction=fraction if trial.employs else None,
         gradients=method.calls * (1 + fraction * method.extra_gradients),
-        flops=method.calls
-        * ((1 - fraction) * flops(trial.plain) + fraction * flops(trial.employed)),
+        flops=method.calls * ((1 - fraction) * plain + fraction * employed),
         temporary_bytes=max(program.temporary_bytes for program in programs),
         argument_bytes=max(program.argument_bytes for program in programs),
         state_bytes=trial.state_bytes,
@@ -264,7 +267,7 @@ def _update(
     jitted = jax.jit(update, donate_argnums=(0, 1))
     params = jax.tree.map(jnp.copy, grads)
     state = tx.init(params)
-    program = compile_program(jitted, params, state, grads)
+    program = compile_program(jitted.lower(params, state, grads), 0.0)
 
     def turn():
         nonlocal params, state

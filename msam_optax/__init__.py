@@ -31,9 +31,12 @@ from msam_optax.methods import msam as msam
 from msam_optax.methods import sam as sam
 from msam_optax.methods import ss_sam as ss_sam
 from msam_optax.methods import wsam as wsam
+from msam_optax.training import CompiledStep as CompiledStep
+from msam_optax.training import Dispatch as Dispatch
 from msam_optax.training import LossFn as LossFn
 from msam_optax.training import LossScaleState as LossScaleState
 from msam_optax.training import LossScaling as LossScaling
+from msam_optax.training import LoweredStep as LoweredStep
 from msam_optax.training import StepMetrics as StepMetrics
 from msam_optax.training import TrainState as TrainState
 from msam_optax.training import TrainStep as TrainStep
@@ -60,11 +63,14 @@ from msam_optax.transforms import sharpness_aware_gradient as sharpness_aware_gr
 
 __all__ = [
     "Combine",
+    "CompiledStep",
     "DecoupledSharpnessState",
+    "Dispatch",
     "EmployState",
     "LossFn",
     "LossScaleState",
     "LossScaling",
+    "LoweredStep",
     "MSharpness",
     "MomentumFn",
     "MomentumPerturbationState",

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from msam_optax.flax._nnx_captured import with_objects
-from msam_optax.training._step import loss_and_aux
+from msam_optax.training._gradients import loss_and_aux
 
 # loss(model, batch, *others) -> (loss, aux)
 NNXLoss = Callable[..., tuple[jax.Array, Any]]

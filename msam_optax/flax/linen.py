@@ -20,8 +20,8 @@ from flax.training import train_state
 from msam_optax._base.hyperparams import check_transformation
 from msam_optax.flax._inputs import Inputs
 from msam_optax.flax._linen_statistics import recalibrate_batch_stats
+from msam_optax.training._gradients import LossFn, loss_and_aux
 from msam_optax.training._state import TrainState
-from msam_optax.training._step import LossFn, loss_and_aux
 from msam_optax.transforms._eval_params import eval_params
 
 __all__ = [

@@ -22,8 +22,8 @@ from msam_optax.flax._inputs import Inputs
 from msam_optax.flax._nnx_captured import objects_in
 from msam_optax.flax._nnx_passes import NNXLoss
 from msam_optax.flax._nnx_statistics import recalibrate_batch_stats
+from msam_optax.training._gradients import LossFn
 from msam_optax.training._state import TrainState
-from msam_optax.training._step import LossFn
 from msam_optax.transforms._eval_params import eval_params
 
 __all__ = [

@@ -1,38 +1,192 @@
 """A training step for any model: one batch and one key for both gradients."""
 
-from collections.abc import Callable
-from functools import cache, partial
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from msam_optax._base.hyperparams import check_integer, check_transformation
-from msam_optax.training._loss_scaling import (
-    LossScaleState,
-    LossScaling,
-    all_finite,
-    scaled_backward,
-    stay_finite,
-)
-from msam_optax.training._microbatches import microbatched
-from msam_optax.training._state import CleanPass, StepMetrics, TrainState, step_metrics
+from msam_optax.training._checks import check_state
+from msam_optax.training._dispatch import Dispatch, Dispatcher
+from msam_optax.training._gradients import Gradients, LossFn
+from msam_optax.training._loss_scaling import LossScaling, all_finite, stay_finite
+from msam_optax.training._metrics import StepMetrics, step_metrics
+from msam_optax.training._state import TrainState
 from msam_optax.transforms._employ import EmployState
 from msam_optax.transforms._find_momentum import find_states
 
-# loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux)), where loss is
-# a scalar or one loss for each example
-LossFn = Callable[[Any, Any, Any, Any], tuple[jax.Array, tuple[Any, Any]]]
-Dispatch = Literal["auto", "in_graph", "host"]
-TrainStep = Callable[[TrainState, Any, Any], tuple[TrainState, StepMetrics]]
+
+class TrainStep:
+    """The jitted training step of a loss and an optimizer.
+
+    What :func:`make_train_step` makes. Called as ``step(state, batch, key) -> (state,
+    metrics)``, with a :class:`TrainState` and :class:`StepMetrics`.
+
+    >>> import jax, jax.numpy as jnp, msam_optax, optax
+    >>> def loss_fn(params, model_state, batch, key):
+    ...     return jnp.mean((batch @ params) ** 2), (model_state, {})
+    >>> tx = msam_optax.ae_sam(optax.sgd(0.1), rho=0.1, total_steps=10)
+    >>> step = msam_optax.make_train_step(loss_fn, tx, donate=False)
+    >>> state = msam_optax.TrainState(jnp.ones(3), tx.init(jnp.ones(3)))
+    >>> step.dispatch(state, jnp.eye(3), None)
+    Dispatch(where='in_graph', reason='on CPU, the loss holds no convolution')
+    >>> compiled = step.lower(state, jnp.eye(3), None).compile()
+    >>> state, metrics = compiled(state, jnp.eye(3), None)
+    """
+
+    def __init__(
+        self,
+        gradients: Gradients,
+        optimizer: optax.GradientTransformationExtraArgs,
+        dispatch: Literal["auto", "in_graph", "host"],
+        donate: bool,
+        loss_scaling: LossScaling | None,
+    ) -> None:
+        """Takes what `make_train_step` has checked."""
+        self._gradients = gradients
+        self._optimizer = optimizer
+        self._loss_scaling = loss_scaling
+        self._dispatcher = Dispatcher(dispatch, gradients.jaxpr)
+        donated = (0,) if donate else ()
+        self._in_graph = jax.jit(self._whole, donate_argnums=donated)
+        self._first_half = jax.jit(self._decide)
+        self._second_half = jax.jit(
+            self._finish, static_argnames="employed", donate_argnums=donated
+        )
+
+    def __call__(
+        self, state: TrainState, batch: Any, key: Any
+    ) -> tuple[TrainState, StepMetrics]:
+        """Takes one step.
+
+        Args:
+          state: the train state; donated unless told otherwise.
+          batch: a tree of arrays.
+          key: random key, or None where the loss draws nothing.
+
+        Returns:
+          The next state, and what the step tells.
+        """
+        if self.dispatch(state, batch, key).where == "in_graph":
+            return self._in_graph(state, batch, key)
+        clean, employed = self._first_half(state, batch, key)
+        return self._second_half(state, clean, batch, key, employed=bool(employed))
+
+    def dispatch(self, state: TrainState, batch: Any, key: Any) -> Dispatch:
+        """How a step with these arguments is dispatched, and why.
+
+        Args:
+          state: of arrays or of ``jax.ShapeDtypeStruct``, as batch and key.
+          batch: as for a step.
+          key: as for a step.
+
+        Returns:
+          A :class:`Dispatch`: "in_graph" for one program, "host" for two of which the
+          second is chosen by what the first decides; and the reason.
+        """
+        check_state(self._loss_scaling, state)
+        return self._dispatcher(state, batch, key)
+
+    def lower(self, state: TrainState, batch: Any, key: Any) -> "LoweredStep":
+        """Lowers the step for compiling ahead of time.
+
+        Args:
+          state: of arrays or of ``jax.ShapeDtypeStruct``, as batch and key.
+          batch: as for a step.
+          key: as for a step.
+
+        Returns:
+          A :class:`LoweredStep`, by whose ``programs`` the step can also be looked at.
+        """
+        if self.dispatch(state, batch, key).where == "in_graph":
+            return LoweredStep({"step": self._in_graph.lower(state, batch, key)})
+        clean, _ = jax.eval_shape(self._first_half, state, batch, key)
+        plain, employed = (
+            self._second_half.lower(state, clean, batch, key, employed=choice)
+            for choice in (False, True)
+        )
+        decide = self._first_half.lower(state, batch, key)
+        return LoweredStep({"decide": decide, "plain": plain, "employed": employed})
+
+    def _whole(self, state, batch, key):
+        clean = self._gradients.clean_pass(state, batch, key)
+        return self._finish(state, clean, batch, key)
+
+    def _decide(self, state, batch, key):
+        clean = self._gradients.clean_pass(state, batch, key)
+        # Of this update only the decision is returned: XLA drops all else.
+        _, opt_state = self._update(state, clean, batch, key, employed=False)
+        (employ_state,) = find_states(opt_state, EmployState)
+        return clean, employ_state.employed
+
+    def _update(self, state, clean, batch, key, employed=None):
+        extra_args = self._gradients.extra_args(state, clean, batch, key)
+        if employed is not None:
+            extra_args["employed"] = employed
+        return self._optimizer.update(
+            clean.grads, state.opt_state, state.params, **extra_args
+        )
+
+    def _finish(self, state, clean, batch, key, employed=None):
+        updates, opt_state = self._update(state, clean, batch, key, employed)
+        params = optax.apply_updates(state.params, updates)
+        new_state = TrainState(params, opt_state, clean.model_state, state.loss_scale)
+        finite = jnp.asarray(True)
+        if self._loss_scaling is not None:
+            finite = all_finite((clean.loss, clean.grads, updates)) & stay_finite(
+                opt_state, state.opt_state
+            )
+            kept = jax.tree.map(partial(jnp.where, finite), new_state, state)
+            loss_scale = self._loss_scaling.adjust(state.loss_scale, finite)
+            new_state = kept._replace(loss_scale=loss_scale)
+        return new_state, step_metrics(new_state, clean, skipped=~finite)
+
+
+class LoweredStep(NamedTuple):
+    """A training step before XLA compiles it.
+
+    Attributes:
+      programs: by name. In graph there is one, "step". From the host there are three:
+        "decide" runs first, and then "plain" or "employed".
+    """
+
+    programs: dict[str, jax.stages.Lowered]
+
+    def compile(self) -> "CompiledStep":
+        """The step, compiled for arguments like those that it was lowered for."""
+        return CompiledStep(
+            {name: program.compile() for name, program in self.programs.items()}
+        )
+
+
+class CompiledStep(NamedTuple):
+    """A compiled training step, called as the step itself.
+
+    Attributes:
+      programs: by the names of :class:`LoweredStep`; each tells its
+        ``memory_analysis()``, ``cost_analysis()`` and ``as_text()``.
+    """
+
+    programs: dict[str, jax.stages.Compiled]
+
+    def __call__(
+        self, state: TrainState, batch: Any, key: Any
+    ) -> tuple[TrainState, StepMetrics]:
+        """Takes one step."""
+        if "step" in self.programs:
+            return self.programs["step"](state, batch, key)
+        clean, employed = self.programs["decide"](state, batch, key)
+        second = self.programs["employed" if employed else "plain"]
+        return second(state, clean, batch, key)
 
 
 def make_train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     *,
-    dispatch: Dispatch = "auto",
+    dispatch: Literal["auto", "in_graph", "host"] = "auto",
     donate: bool = True,
     loss_scaling: LossScaling | None = None,
     microbatches: int = 1,
@@ -44,11 +198,11 @@ def make_train_step(
 
     An optimizer that employs its extra gradient on some steps only
     (:func:`msam_optax.employ`) must really skip it on the others. *In graph*,
-    ``lax.cond`` does: right on GPU and TPU, and needed inside ``jit`` or ``scan``. On
-    CPU, though, XLA runs a convolution's gradient many times slower inside a ``cond``.
-    From the *host*, the step is two programs: the clean gradient with the policy's
-    decision, and, once that is read, an update compiled with or without the extra
-    gradient. Both ways cost 1 + f gradients for a fraction f of employed steps.
+    ``lax.cond`` does, which is needed inside ``jit`` or ``scan``. But XLA for CPU runs
+    a convolution's gradient many times slower inside a ``cond``. From the *host*, the
+    step is two programs: the clean gradient with the policy's decision, and, once that
+    is read, an update compiled with or without the extra gradient. Both ways cost 1 + f
+    gradients for a fraction f of employed steps.
 
     Args:
       loss_fn: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state,
@@ -61,7 +215,8 @@ def make_train_step(
         methods that select samples, ``per_example_losses`` and ``per_example_loss_fn``
         as extra arguments.
       dispatch: "in_graph", "host", or "auto": from the host where the parameters are
-        on CPU and the step is not itself traced, in graph elsewhere.
+        on CPU, the loss holds a convolution and the step is not itself traced; in graph
+        elsewhere. :meth:`TrainStep.dispatch` tells which it is.
       donate: hand the state's memory to the new state. The state passed in, and the
         parameters in it, can't be used afterwards.
       loss_scaling: skips steps that are not finite, and scales the loss for float16;
@@ -78,8 +233,9 @@ def make_train_step(
         ascent), optax.MultiSteps(optimizer, k).gradient_transformation())``.
 
     Returns:
-      ``step(state, batch, key) -> (state, metrics)`` with a :class:`TrainState` and
-      :class:`StepMetrics`. The key may be None where the loss draws nothing.
+      A :class:`TrainStep`, ``step(state, batch, key) -> (state, metrics)`` with a
+      :class:`TrainState` and :class:`StepMetrics`. The key may be None where the loss
+      draws nothing.
 
     Raises:
       ValueError: if dispatch is none of the three, or is "host" where the step is
@@ -109,175 +265,6 @@ def make_train_step(
         raise ValueError(
             f"loss_scaling must be a LossScaling, but {loss_scaling!r} was given."
         )
-
     check_integer("microbatches", microbatches, 1)
-
-    def example_losses(loss_scale):
-        def losses(params, model_state, batch, key):
-            return _check_result(loss_fn(params, model_state, batch, key))
-
-        # The scale belongs to the backward pass of each part.
-        if loss_scaling is not None:
-            losses = scaled_backward(losses, loss_scale.scale)
-        return losses if microbatches == 1 else microbatched(losses, microbatches)
-
-    # Jitted, so that the two passes are traced once.
-    @jax.jit
-    def value_and_grad(params, model_state, loss_scale, batch, key):
-        def mean_loss(params):
-            losses, others = example_losses(loss_scale)(params, model_state, batch, key)
-            return jnp.mean(losses), (losses, others)
-
-        return jax.value_and_grad(mean_loss, has_aux=True)(params)
-
-    def clean_pass(state, batch, key):
-        (loss, (losses, (model_state, aux))), grads = value_and_grad(
-            state.params, state.model_state, state.loss_scale, batch, key
-        )
-        return CleanPass(loss, losses, model_state, aux, grads)
-
-    def update(state, clean, batch, key, employed=None):
-        def grad_fn(params):
-            return value_and_grad(
-                params, state.model_state, state.loss_scale, batch, key
-            )[1]
-
-        def per_example_loss_fn(params, indices=None):
-            samples = batch
-            if indices is not None:
-                samples = jax.tree.map(lambda x: x[indices], batch)
-            losses = example_losses(state.loss_scale)
-            return losses(params, state.model_state, samples, key)[0]
-
-        extra_args = {} if employed is None else {"employed": employed}
-        return optimizer.update(
-            clean.grads,
-            state.opt_state,
-            state.params,
-            grad_fn=grad_fn,
-            value=clean.loss,
-            per_example_losses=clean.losses,
-            per_example_loss_fn=per_example_loss_fn,
-            **extra_args,
-        )
-
-    def finish(state, clean, batch, key, employed=None):
-        updates, opt_state = update(state, clean, batch, key, employed)
-        params = optax.apply_updates(state.params, updates)
-        new_state = TrainState(params, opt_state, clean.model_state, state.loss_scale)
-        finite = jnp.asarray(True)
-        if loss_scaling is not None:
-            finite = all_finite((clean.loss, clean.grads, updates)) & stay_finite(
-                opt_state, state.opt_state
-            )
-            kept = jax.tree.map(partial(jnp.where, finite), new_state, state)
-            loss_scale = loss_scaling.adjust(state.loss_scale, finite)
-            new_state = kept._replace(loss_scale=loss_scale)
-        return new_state, step_metrics(new_state, clean, skipped=~finite)
-
-    def whole_step(state, batch, key):
-        return finish(state, clean_pass(state, batch, key), batch, key)
-
-    def decide(state, batch, key):
-        clean = clean_pass(state, batch, key)
-        # Of this update only the decision is returned: XLA drops all else.
-        _, opt_state = update(state, clean, batch, key, employed=False)
-        (employ_state,) = find_states(opt_state, EmployState)
-        return clean, employ_state.employed
-
-    donated = (0,) if donate else ()
-    in_graph = jax.jit(whole_step, donate_argnums=donated)
-    first_half = jax.jit(decide)
-    second_half = jax.jit(finish, static_argnames="employed", donate_argnums=donated)
-
-    def step(state, batch, key):
-        _check_state(loss_scaling, state)
-        if not _from_host(dispatch, state, (batch, key)):
-            return in_graph(state, batch, key)
-        clean, decision = first_half(state, batch, key)
-        return second_half(state, clean, batch, key, employed=bool(decision))
-
-    return step
-
-
-def _check_state(loss_scaling: LossScaling | None, state: TrainState) -> None:
-    if not isinstance(state, TrainState):
-        raise ValueError(
-            "The train step needs a msam_optax.TrainState(params, "
-            "optimizer.init(params), model_state), but a "
-            f"{type(state).__module__}.{type(state).__name__} was given. (For a step "
-            "of your own on Flax's there is msam_optax.flax.linen.LinenTrainState.)"
-        )
-    if (loss_scaling is None) == isinstance(state.loss_scale, LossScaleState):
-        raise ValueError(
-            "A train step with loss_scaling needs its state, "
-            "TrainState(params, opt_state, model_state, loss_scaling.init()), and one "
-            f"without needs none, but loss_scaling={loss_scaling!r} and "
-            f"state.loss_scale={state.loss_scale!r} were given."
-        )
-
-
-def loss_and_aux(result: Any) -> Any:
-    """What a loss of a framework's glue returned; ValueError if it is no pair."""
-    if not _is_pair(result):
-        raise ValueError(
-            "The loss must return (loss, aux), without auxiliary outputs (loss, {}), "
-            f"but it returned {_described(result)}."
-        )
-    return result
-
-
-def _described(result: Any) -> str:
-    if hasattr(result, "shape"):
-        return f"an array of shape {result.shape} alone"
-    return f"{jax.tree.map(jnp.shape, result)!r} (in shapes)"
-
-
-def _is_pair(x: Any) -> bool:
-    return isinstance(x, tuple) and len(x) == 2
-
-
-def _check_result(result: Any) -> Any:
-    if not (_is_pair(result) and _is_pair(result[1])):
-        raise ValueError(
-            "loss_fn(params, model_state, batch, key) must return (loss, (model_state, "
-            f"aux)), but it returned {_described(result)}. "
-            "Without model state and auxiliary outputs: loss, (model_state, {})."
-        )
-    return result
-
-
-def _from_host(dispatch: Dispatch, state: TrainState, inputs: Any) -> bool:
-    """Whether to dispatch from the host, as asked for or as fits."""
-    places = _employing_places(jax.tree.structure(state.opt_state))
-    leaves = jax.tree.leaves((state.params, state.opt_state))
-    traced = any(
-        isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, inputs))
-    )
-    if dispatch == "host" and traced:
-        raise ValueError(
-            'dispatch="host" reads each decision on the host, but the step was called '
-            'inside jit, scan or another transformation: use dispatch="in_graph".'
-        )
-    if dispatch == "host" and places > 1:
-        raise ValueError(
-            f'dispatch="host" takes one decision a step, but the optimizer employs in '
-            f'{places} places: use dispatch="in_graph", or one policy for all.'
-        )
-    if dispatch == "in_graph" or traced or places != 1:
-        return False
-    return dispatch == "host" or _platform(leaves) == "cpu"
-
-
-@cache
-def _employing_places(structure: Any) -> int:
-    """How many `employ` an optimizer's state holds; asked anew on every step."""
-    state = jax.tree.unflatten(structure, [None] * structure.num_leaves)
-    return len(find_states(state, EmployState))
-
-
-def _platform(leaves: list[Any]) -> str:
-    for leaf in leaves:
-        if isinstance(leaf, jax.Array):
-            return next(iter(leaf.devices())).platform
-    return jax.default_backend()
+    gradients = Gradients(loss_fn, loss_scaling, microbatches)
+    return TrainStep(gradients, optimizer, dispatch, donate, loss_scaling)

@@ -5,7 +5,6 @@ gradients that run in test_employ and test_train. Seconds are for the benchmarks
 """
 
 import functools
-import inspect
 import json
 import math
 import re
@@ -122,17 +121,13 @@ def test_a_step_costs_its_gradients(tx, gradients):
 
 def host_flops(tx: optax.GradientTransformation) -> tuple[float, float]:
     """Of the programs of a step dispatched from the host: plain, and employed."""
-    # The step is a Python function that runs one of these.
-    jitted = inspect.getclosurevars(mo.make_train_step(loss_fn, tx)).nonlocals
-    args = state_of(tx), structs()[1], KEY
-    decide, finish = jitted["first_half"], jitted["second_half"]
-    clean, _ = jax.eval_shape(decide, *args)
-    decision = cost(decide, *args).flops
-    plain, employed = (
-        decision + cost(finish, args[0], clean, *args[1:], employed=choice).flops
-        for choice in (False, True)
-    )
-    return plain, employed
+    step = mo.make_train_step(loss_fn, tx, dispatch="host")
+    compiled = step.lower(state_of(tx), structs()[1], KEY).compile()
+    flops = {
+        name: program.cost_analysis()["flops"]
+        for name, program in compiled.programs.items()
+    }
+    return flops["decide"] + flops["plain"], flops["decide"] + flops["employed"]
 
 
 @pytest.mark.parametrize(

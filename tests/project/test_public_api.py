@@ -90,7 +90,7 @@ def test_the_public_names_are_exported(name):
 
 
 def test_every_exported_name_is_a_function_or_a_named_tuple_of_the_package():
-    assert set(exported()) == {*FUNCTIONS, *STATES}
+    assert set(exported()) == {*FUNCTIONS, *STATES, "TrainStep"}
     for value in exported().values():
         assert value.__module__.startswith("msam_optax.")
 

@@ -124,19 +124,6 @@ def test_both_dispatches_make_the_same_steps(name, optimizer):
         assert decisions == [bool(metrics.employed) for _, metrics in in_graph]
 
 
-@pytest.fixture
-def conds(monkeypatch) -> list[Any]:
-    """Everything that was traced under ``lax.cond``."""
-    traced, cond = [], jax.lax.cond
-
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        traced.append(args)
-        return cond(*args, **kwargs)
-
-    monkeypatch.setattr(jax.lax, "cond", spy)
-    return traced
-
-
 def quadratic_loss(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
     del key
     return jnp.mean((batch @ params["w"]) ** 2), (model_state, {"seen": batch[0, 0]})
@@ -145,58 +132,6 @@ def quadratic_loss(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
 def quadratic_state(tx: Any) -> mo.TrainState:
     params = {"w": jnp.arange(1.0, 4.0)}
     return mo.TrainState(params, tx.init(params))
-
-
-def test_auto_dispatches_from_the_host_on_cpu(conds):
-    assert jax.default_backend() == "cpu"
-    step = mo.make_train_step(quadratic_loss, ae_sam())
-    step(quadratic_state(ae_sam()), jnp.eye(3), None)
-    assert not conds
-
-
-@pytest.mark.parametrize("dispatch", ["auto", "in_graph"])
-def test_inside_scan_the_step_is_in_graph(conds, dispatch):
-    tx = ae_sam()
-    step = mo.make_train_step(quadratic_loss, tx, dispatch=dispatch)
-    sizes = jnp.array([1.0, 0.1, 3.0, 0.1, 5.0])
-
-    @jax.jit
-    def epoch(state: Any) -> Any:
-        return jax.lax.scan(
-            lambda s, size: step(s, size * jnp.eye(3), None), state, sizes
-        )
-
-    last, metrics = epoch(quadratic_state(tx))
-    assert conds
-    assert set(metrics.employed.tolist()) == {True, False}
-
-    host = mo.make_train_step(quadratic_loss, tx, dispatch="host")
-    state = quadratic_state(tx)
-    for size in sizes:
-        state, _ = host(state, size * jnp.eye(3), None)
-    chex.assert_trees_all_close(last, state, rtol=1e-5)
-
-
-def test_in_graph_is_as_asked_on_cpu_too(conds):
-    step = mo.make_train_step(quadratic_loss, ae_sam(), dispatch="in_graph")
-    step(quadratic_state(ae_sam()), jnp.eye(3), None)
-    assert conds
-
-
-def two_employs() -> optax.GradientTransformationExtraArgs:
-    element = mo.sharpness_aware_gradient(mo.ascents.normalized(RHO))
-    return optax.chain(
-        mo.employ(mo.policies.every(2), element),
-        mo.employ(mo.policies.every(3), optax.clip_by_global_norm(0.1)),
-        optax.sgd(0.1),
-    )
-
-
-def test_auto_takes_two_policies_in_graph(conds):
-    step = mo.make_train_step(quadratic_loss, two_employs())
-    _, metrics = step(quadratic_state(two_employs()), jnp.eye(3), None)
-    assert len(conds) == 2
-    assert metrics.employed
 
 
 # --- What it costs --------------------------------------------------------------------
@@ -443,24 +378,6 @@ def test_training_recovers_from_a_batch_of_nan(dispatch):
 # --- Bad input ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dispatch", ["gpu", None, True, "HOST"])
-def test_an_unknown_dispatch_is_refused_when_built(dispatch):
-    with pytest.raises(ValueError, match='dispatch must be "auto", "in_graph" or "h'):
-        mo.make_train_step(quadratic_loss, ae_sam(), dispatch=dispatch)
-
-
-def test_host_dispatch_inside_jit_is_refused():
-    step = mo.make_train_step(quadratic_loss, ae_sam(), dispatch="host")
-    with pytest.raises(ValueError, match=r'inside jit, .* use dispatch="in_graph"'):
-        jax.jit(step)(quadratic_state(ae_sam()), jnp.eye(3), None)
-
-
-def test_host_dispatch_of_two_policies_is_refused():
-    step = mo.make_train_step(quadratic_loss, two_employs(), dispatch="host")
-    with pytest.raises(ValueError, match="employs in 2 places"):
-        step(quadratic_state(two_employs()), jnp.eye(3), None)
-
-
 @pytest.mark.parametrize(
     "result", [lambda p: p.sum(), lambda p: (p.sum(), {}), lambda p: (p.sum(), 0.0)]
 )
@@ -470,21 +387,6 @@ def test_a_loss_function_with_another_result_is_told_what_is_needed(result):
     state = mo.TrainState(jnp.ones(3), tx.init(jnp.ones(3)))
     with pytest.raises(ValueError, match=r"must return \(loss, \(model_state, aux\)\)"):
         step(state, None, None)
-
-
-@pytest.mark.parametrize("through", ["vmap over batches", "jit of the batch"])
-def test_a_traced_batch_is_dispatched_in_graph(through):
-    """Though the state is not traced."""
-    state = quadratic_state(ae_sam())
-    step = mo.make_train_step(quadratic_loss, ae_sam(), donate=False)
-    expected, _ = step(state, jnp.eye(3), None)
-    if through == "jit of the batch":
-        found, _ = jax.jit(lambda batch: step(state, batch, None))(jnp.eye(3))
-    else:
-        batches = jnp.stack([jnp.eye(3), 2 * jnp.eye(3)])
-        found, _ = jax.vmap(step, in_axes=(None, 0, None))(state, batches, None)
-        found = jax.tree.map(lambda x: x[0], found)
-    chex.assert_trees_all_close(found.params, expected.params, rtol=1e-6)
 
 
 def test_the_step_says_what_it_needs_in_the_place_of_another_state():

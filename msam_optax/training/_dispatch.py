@@ -1,0 +1,116 @@
+"""Which branch of a step runs: chosen in the program, or by the host.
+
+XLA for CPU runs the gradient of a convolution many times slower inside a ``cond``
+than outside. There the host has to read the decision and run one of two programs.
+Everywhere else a ``cond`` costs nothing, and the host's reading does.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax.extend.core import Jaxpr, get_opaque_trace_state, subjaxprs
+
+from msam_optax.training._state import TrainState
+from msam_optax.transforms._employ import EmployState
+from msam_optax.transforms._find_momentum import find_states
+
+
+class Dispatch(NamedTuple):
+    """How a step is dispatched.
+
+    Attributes:
+      where: "in_graph" or "host".
+      reason: why, in words.
+    """
+
+    where: Literal["in_graph", "host"]
+    reason: str
+
+
+class Dispatcher:
+    """Answers how a step is dispatched, by the cheapest question that settles it."""
+
+    def __init__(
+        self,
+        asked: Literal["auto", "in_graph", "host"],
+        jaxpr: Callable[[TrainState, Any, Any], Jaxpr],
+    ) -> None:
+        """Takes what the user asked for, and what traces the gradient of a step."""
+        self._asked = asked
+        self._jaxpr = jaxpr
+        self._places: int | None = None
+        self._by_shapes: dict[Any, Dispatch] = {}
+
+    def __call__(self, state: TrainState, batch: Any, key: Any) -> Dispatch:
+        if self._asked == "in_graph":
+            return Dispatch("in_graph", "as asked for")
+        if self._places is None:
+            self._places = len(find_states(state.opt_state, EmployState))
+        if self._places == 0:
+            return Dispatch("in_graph", "the optimizer employs nothing")
+        if is_traced():
+            self._refuse_host(
+                "reads each decision on the host, but the step was called inside jit, "
+                'scan or another transformation: use dispatch="in_graph".'
+            )
+            return Dispatch("in_graph", "the step is itself traced")
+        if self._places > 1:
+            self._refuse_host(
+                "takes one decision a step, but the optimizer employs in "
+                f'{self._places} places: use dispatch="in_graph", or one policy for '
+                "all."
+            )
+            return Dispatch("in_graph", "the optimizer employs in several places")
+        if self._asked == "host":
+            return Dispatch("host", "as asked for")
+        # The shapes of a batch tell when the loss is traced anew. Those of a model do
+        # not change between the steps of a training.
+        shapes = tuple(getattr(x, "shape", ()) for x in jax.tree.leaves(batch))
+        if shapes not in self._by_shapes:
+            self._by_shapes[shapes] = self._by_program(state, batch, key)
+        return self._by_shapes[shapes]
+
+    def forget(self) -> None:
+        """Asks anew at the next step: what was asked about failed."""
+        self._places = None
+        self._by_shapes.clear()
+
+    def _refuse_host(self, why: str) -> None:
+        if self._asked == "host":
+            raise ValueError(f'dispatch="host" {why}')
+
+    def _by_program(self, state: TrainState, batch: Any, key: Any) -> Dispatch:
+        if not _on_cpu(state.params):
+            return Dispatch("in_graph", "the parameters are not on CPU")
+        if not convolves(self._jaxpr(state, batch, key)):
+            return Dispatch("in_graph", "on CPU, the loss holds no convolution")
+        return Dispatch(
+            "host", "on CPU a convolution's gradient is very slow inside a cond"
+        )
+
+
+def is_traced() -> bool:
+    """Whether JAX is tracing, so that no value can be read.
+
+    Asked of the trace: inside a `jit`, an `eval_shape` or a `vmap` that closes over
+    them, all arguments of a step can be arrays with values.
+    """
+    with jax.core.eval_context():
+        outside = get_opaque_trace_state()
+    return get_opaque_trace_state() != outside
+
+
+def convolves(jaxpr: Jaxpr) -> bool:
+    """Whether a convolution stands anywhere in a program, at whatever depth."""
+    return any(
+        equation.primitive.name == "conv_general_dilated" for equation in jaxpr.eqns
+    ) or any(map(convolves, subjaxprs(jaxpr)))
+
+
+def _on_cpu(tree: Any) -> bool:
+    """Whether the first array is on CPU, or would be by default."""
+    for leaf in jax.tree.leaves(tree):
+        if getattr(leaf, "sharding", None) is not None:
+            return next(iter(leaf.sharding.device_set)).platform == "cpu"
+    return jax.default_backend() == "cpu"

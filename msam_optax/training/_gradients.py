@@ -1,0 +1,124 @@
+"""Both gradients of a step: of one loss, on one batch, with one random key."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msam_optax.training._loss_scaling import LossScaling, scaled_backward
+from msam_optax.training._microbatches import microbatched
+from msam_optax.training._state import TrainState
+
+# loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux)), where loss is
+# a scalar or one loss for each example
+LossFn = Callable[[Any, Any, Any, Any], tuple[jax.Array, tuple[Any, Any]]]
+
+
+class CleanPass(NamedTuple):
+    """Results of the first gradient: that on the batch at the parameters as given."""
+
+    loss: jax.Array
+    losses: jax.Array
+    model_state: Any
+    aux: Any
+    grads: optax.Updates
+
+
+class Gradients:
+    """The gradients of a loss function, scaled and taken in parts as asked for."""
+
+    def __init__(
+        self, loss_fn: LossFn, loss_scaling: LossScaling | None, microbatches: int
+    ) -> None:
+        self._loss_fn = loss_fn
+        self._loss_scaling = loss_scaling
+        self._microbatches = microbatches
+        # Jitted, so that the two passes are traced once.
+        self._value_and_grad = jax.jit(self._mean_and_grad)
+
+    def clean_pass(self, state: TrainState, batch: Any, key: Any) -> CleanPass:
+        """The first gradient, and all that comes with it."""
+        (loss, (losses, (model_state, aux))), grads = self._value_and_grad(
+            state.params, state.model_state, state.loss_scale, batch, key
+        )
+        return CleanPass(loss, losses, model_state, aux, grads)
+
+    def extra_args(
+        self, state: TrainState, clean: CleanPass, batch: Any, key: Any
+    ) -> dict[str, Any]:
+        """What an optimizer may ask for, once the clean gradient is there."""
+
+        def grad_fn(params):
+            return self._value_and_grad(
+                params, state.model_state, state.loss_scale, batch, key
+            )[1]
+
+        def per_example_loss_fn(params, indices=None):
+            samples = batch
+            if indices is not None:
+                samples = jax.tree.map(lambda x: x[indices], batch)
+            losses = self._losses(state.loss_scale)
+            return losses(params, state.model_state, samples, key)[0]
+
+        return {
+            "grad_fn": grad_fn,
+            "value": clean.loss,
+            "per_example_losses": clean.losses,
+            "per_example_loss_fn": per_example_loss_fn,
+        }
+
+    def jaxpr(self, state: TrainState, batch: Any, key: Any) -> Any:
+        """The clean pass as JAX traced it; no other pass is traced anew after it."""
+        return self._value_and_grad.trace(
+            state.params, state.model_state, state.loss_scale, batch, key
+        ).jaxpr.jaxpr
+
+    def _mean_and_grad(self, params, model_state, loss_scale, batch, key):
+        def mean_loss(params):
+            losses, others = self._losses(loss_scale)(params, model_state, batch, key)
+            return jnp.mean(losses), (losses, others)
+
+        return jax.value_and_grad(mean_loss, has_aux=True)(params)
+
+    def _losses(self, loss_scale: Any) -> Callable[..., Any]:
+        def losses(params, model_state, batch, key):
+            return _check_result(self._loss_fn(params, model_state, batch, key))
+
+        # The scale belongs to the backward pass of each part.
+        if self._loss_scaling is not None:
+            losses = scaled_backward(losses, loss_scale.scale)
+        if self._microbatches == 1:
+            return losses
+        return microbatched(losses, self._microbatches)
+
+
+def loss_and_aux(result: Any) -> Any:
+    """What a loss of a framework's glue returned; ValueError if it is no pair."""
+    if not _is_pair(result):
+        raise ValueError(
+            "The loss must return (loss, aux), without auxiliary outputs (loss, {}), "
+            f"but it returned {_described(result)}."
+        )
+    return result
+
+
+def _check_result(result: Any) -> Any:
+    if not (_is_pair(result) and _is_pair(result[1])):
+        raise ValueError(
+            "loss_fn(params, model_state, batch, key) must return (loss, (model_state, "
+            f"aux)), but it returned {_described(result)}. "
+            "Without model state and auxiliary outputs: loss, (model_state, {})."
+        )
+    return result
+
+
+def _described(result: Any) -> str:
+    if hasattr(result, "shape"):
+        return f"an array of shape {result.shape} alone"
+    return f"{jax.tree.map(jnp.shape, result)!r} (in shapes)"
+
+
+def _is_pair(x: Any) -> bool:
+    return isinstance(x, tuple) and len(x) == 2
