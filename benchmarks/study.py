@@ -6,7 +6,7 @@ as many runs for each; then the chosen setting on the test part, with seeds that
 search did not see. Nothing is chosen on the test part.
 
     python benchmarks/study.py digits
-    python benchmarks/study.py policies --methods "coin 25%" "every 25%"
+    python benchmarks/study.py policies-25 --methods coin every
     python benchmarks/study.py characters --quick
 
 Each run is written down when it ends, and the same command goes on where it was cut
@@ -27,8 +27,16 @@ from rich.console import Console
 from benchmarks import arguments
 from benchmarks.reports import report, studies
 from benchmarks.tasks import optimizers, policies, problems, runs
+from benchmarks.tasks.policies import SHARES
 from benchmarks.tasks.records import Record
-from benchmarks.tasks.search import Found, Hyperparameters, Plan, Space, search
+from benchmarks.tasks.search import (
+    Found,
+    Hyperparameters,
+    Plan,
+    Space,
+    axis,
+    search,
+)
 
 # Seeds of the search start at 0: with these no test run has a seed of it.
 FIRST_TEST_SEED = 100
@@ -76,13 +84,23 @@ def _methods(names: Sequence[str], **spaces: Space) -> dict[str, Contender]:
     }
 
 
-def _policies() -> dict[str, Contender]:
-    found = _methods(["sgd", "sam"])
-    for share in (0.25, 0.5, 0.1):
-        for name, build in policies.at_share(share).items():
-            space = optimizers.METHODS["sam"].space
-            found[f"{name} {share:.0%}"] = Contender(build, space)
-    return found
+# Around what is best for SAM on every step.
+_POLICIES = Space(axis(0.01, 0.1, (1, 3)), axis(0.01, 0.05), axis(0.2, 1.0))
+
+
+def _policies(share: float) -> Study:
+    """All policies at one share of SAM steps; what they are compared with is a coin."""
+    return Study(
+        problem=problems.digits,
+        quick={"epochs": 1, "dataset": "digits"},
+        contenders={
+            name: Contender(build, _POLICIES)
+            for name, build in policies.at_share(share).items()
+        },
+        plan=Plan(first=8, near=(3,), rungs=((3, 3),), moves=2),
+        seeds=30,
+        score="accuracy",
+    )
 
 
 STUDIES = {
@@ -99,14 +117,7 @@ STUDIES = {
         seeds=30,
         score="accuracy",
     ),
-    "policies": Study(
-        problem=problems.digits,
-        quick={"epochs": 1, "dataset": "digits"},
-        contenders=_policies(),
-        plan=Plan(first=10, near=(4, 4), rungs=((4, 3), (2, 6)), moves=2),
-        seeds=30,
-        score="accuracy",
-    ),
+    **{f"policies-{share:.0%}".rstrip("%"): _policies(share) for share in SHARES},
     "characters": Study(
         problem=problems.characters,
         quick={"steps": 20, "length": 8, "batch": 4},
@@ -114,8 +125,8 @@ STUDIES = {
             name: Contender(build, space)
             for name, (build, space) in optimizers.AROUND_ADAMW.items()
         },
-        plan=Plan(first=8, near=(3, 3), rungs=((3, 2), (2, 3)), moves=2),
-        seeds=10,
+        plan=Plan(first=8, near=(3,), rungs=((2, 3),), moves=2),
+        seeds=8,
         score="loss",
     ),
 }

@@ -1,0 +1,75 @@
+"""Tests of benchmarks/radius.py, sharpness.py and shares.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import msam_optax
+from benchmarks import radius, sharpness
+from benchmarks.tasks import optimizers, problems, runs
+
+
+def test_variants_differ_as_their_names_say() -> None:
+    params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])}
+    grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
+    epsilons = {}
+    for name, make in radius.VARIANTS.items():
+        tx = make(optax.sgd(0.0, 0.9), 0.5)
+        updates, state = tx.update(grads, tx.init(params), params)
+        perturbed = optax.apply_updates(params, updates)
+        weights = msam_optax.eval_params(state, perturbed)
+        epsilons[name] = optax.tree.sub(perturbed, weights)
+    whole = jax.tree.map(lambda g: -0.5 * g / 13, grads)
+    each = {"a": -0.5 * grads["a"] / 5, "b": -0.5 * grads["b"] / 12}
+    expected = {
+        "msam": whole,
+        "sign reversed": optax.tree.scale(-1, whole),
+        "norm of each tensor": each,
+    }
+    for name, tree in expected.items():
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+            epsilons[name],
+            tree,
+        )
+
+
+def test_points_keep_the_size_of_a_step_over_momentums() -> None:
+    found = radius.points(0.03)
+    assert len(found) == len(set(found))
+    steps = {p.learning_rate / (1 - p.momentum) for p in found if p.momentum != 0.9}
+    np.testing.assert_allclose(sorted(steps), 0.3)
+
+
+def test_measures_on_a_quadratic() -> None:
+    """L = w' diag(3, 1) w / 2 at (1, 0): the gradient is (3, 0), the eigenvalue 3."""
+
+    def loss(params, batch):
+        return jnp.mean(batch) * 0.5 * jnp.sum(jnp.array([3.0, 1.0]) * params**2)
+
+    # hessian_eigenvalues takes no more vectors than there are parameters
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharpness, "_LANCZOS_STEPS", 2)
+        found = sharpness.measures(loss, jnp.array([1.0, 0.0]), jnp.ones(4))
+    assert found["loss_there"] == pytest.approx(1.5)
+    assert found["gradient_norm"] == pytest.approx(3.0)
+    assert found["eigenvalue"] == pytest.approx(3.0, rel=1e-5)
+    assert found["rise"] == pytest.approx(1.5 * (1.1**2 - 1), rel=1e-5)
+    assert found["relative_rise"] == pytest.approx(1.5 * (1.01**2 - 1), rel=1e-4)
+
+
+def test_run_takes_a_decision_for_each_of_a_sweep() -> None:
+    """`make_run` under vmap is the runs one by one, AE-SAM's decisions included."""
+    problem = problems.digits(epochs=1, dataset="digits")
+    run = runs.make_run(problem, optimizers.METHODS["ae_sam"].build)
+    inputs = problem.inputs(0, True)
+    rhos = np.array([0.05, 1.0], np.float32)
+    sweep = jax.jit(jax.vmap(run, in_axes=(runs.Traced(None, 0, None), None)))
+    swept, _ = sweep(runs.Traced(0.03, rhos, 0.01), inputs)
+    single = jax.jit(run)
+    for number, rho in enumerate(rhos):
+        one, _ = single(runs.Traced(0.03, rho, 0.01), inputs)
+        assert float(swept.loss[number]) == pytest.approx(float(one.loss), rel=1e-3)
+        assert float(swept.sam_fraction[number]) == float(one.sam_fraction)
