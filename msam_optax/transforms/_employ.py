@@ -72,7 +72,7 @@ def employ(
       decision, so the caller must run the branch that the policy chose.
 
     Raises:
-      ValueError: if policy is not a :class:`Policy`, transform no transformation or
+      ValueError: if policy is not a :class:`msam_optax.policies.Policy`, transform no transformation or
         around MSAM, or ``employed`` not a bool.
 
     >>> import jax, jax.numpy as jnp, msam_optax, optax

@@ -1,4 +1,4 @@
-"""The code blocks of README.md and CONTRIBUTING.md run as they stand."""
+"""The code blocks of README, CONTRIBUTING and the site's pages run as they stand."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SITE = ROOT / "docs"
 PAGES = ["README.md", "CONTRIBUTING.md"]
+PAGES += [
+    page.relative_to(ROOT).as_posix()
+    for page in sorted([*SITE.glob("*.md"), *SITE.glob("guides/*.md")])
+    if "```python\n" in page.read_text()
+]
 WITHOUT_CODE = ["benchmarks/results/figures/README.md"]
 
 
@@ -25,7 +31,7 @@ def test_code_blocks_run_in_order(page):
         exec(compile(block, page, "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", PAGES + WITHOUT_CODE)
+@pytest.mark.parametrize("page", PAGES[:2] + WITHOUT_CODE)
 def test_linked_files_exist(page):
     path = ROOT / page
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", path.read_text())

@@ -1,0 +1,38 @@
+"""Brings into the site what is kept elsewhere: notebooks and the page of figures."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+FILES = "https://github.com/msam-optax/msam_optax/blob/main"
+FIGURES = "benchmarks/results/figures"
+BADGE = re.compile(r"\[!\[([^\]]*)\]\(https?://[^)]*\)\]\(([^)]*)\)")
+IMAGE = re.compile(r"!\[([^\]]*)\]\((?!https?:)([^)]*)\)")
+LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?:|#)([^)]*)\)")
+
+
+def put(path: Path, text: str) -> None:
+    """Writes what has changed alone, so that a second build is quick."""
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def bring(app: Sphinx, config: Any) -> None:
+    site = Path(app.srcdir)
+    root = site.parent
+    for notebook in sorted((root / "notebooks").glob("*.ipynb")):
+        # The badge is a picture from afar.
+        text = BADGE.sub(r"[\1](\2)", notebook.read_text())
+        put(site / "gallery" / notebook.name, text)
+    text = (root / FIGURES / "README.md").read_text().split("\n", 1)[1]
+    text = IMAGE.sub(rf"![\1](../{FIGURES}/\2)", text)
+    text = LINK.sub(rf"[\1]({FILES}/{FIGURES}/\2)", text)
+    put(site / "_parts" / "figures.md", text)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("config-inited", bring)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
