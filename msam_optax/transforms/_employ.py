@@ -72,8 +72,8 @@ def employ(
       decision, so the caller must run the branch that the policy chose.
 
     Raises:
-      ValueError: if policy is not a :class:`msam_optax.policies.Policy`, transform no transformation or
-        around MSAM, or ``employed`` not a bool.
+      ValueError: if policy is not a :class:`msam_optax.policies.Policy`, transform no
+        transformation or around MSAM, or ``employed`` not a bool.
 
     >>> import jax, jax.numpy as jnp, msam_optax, optax
     >>> sam = msam_optax.sharpness_aware_gradient(msam_optax.ascents.normalized(0.1))
