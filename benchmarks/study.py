@@ -27,6 +27,7 @@ from rich.console import Console
 from benchmarks import arguments
 from benchmarks.reports import report, studies
 from benchmarks.tasks import optimizers, policies, problems, runs
+from benchmarks.tasks.fine_tuning import fine_tuning
 from benchmarks.tasks.policies import SHARES
 from benchmarks.tasks.records import Record
 from benchmarks.tasks.search import (
@@ -118,6 +119,14 @@ STUDIES = {
         score="accuracy",
     ),
     **{f"policies-{share:.0%}".rstrip("%"): _policies(share) for share in SHARES},
+    "fine-tuning": Study(
+        problem=fine_tuning,
+        quick={"epochs": 1, "start_epochs": 1},
+        contenders=_methods(["sgd", "msam", "sam", "ae_sam", "nag", "adam"]),
+        plan=Plan(),
+        seeds=30,
+        score="accuracy",
+    ),
     "characters": Study(
         problem=problems.characters,
         quick={"steps": 20, "length": 8, "batch": 4},

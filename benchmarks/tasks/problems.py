@@ -41,13 +41,24 @@ def digits(
             held_out=(part.test_images, part.test_labels),
         )
 
+    steps = epochs * (len(loaded.train_labels) // 128)
+    return classification(model, inputs, total_steps=steps)
+
+
+def classification(
+    model: nn.Module,
+    inputs: Callable[[int, bool], Inputs],
+    total_steps: int,
+    init: Callable[..., Any] | None = None,
+) -> Problem:
+    """The problem of a Linen model whose data begins with its inputs and labels."""
     return Problem(
-        init=_init(model, lambda train: train[0][:1]),
+        init=init or _init(model, lambda train: train[0][:1]),
         loss_fn=_loss(model),
         gather=lambda train, indices, key: (train[0][indices], train[1][indices]),
         evaluate=partial(_evaluate, model),
         inputs=inputs,
-        total_steps=epochs * (len(loaded.train_labels) // 128),
+        total_steps=total_steps,
     )
 
 
@@ -85,14 +96,7 @@ def characters(steps: int = 1000, length: int = 32, batch: int = 32) -> Problem:
         cut = train[2][starts[:, None] + offsets]
         return cut[:, :-1], cut[:, 1:]
 
-    return Problem(
-        init=_init(model, lambda train: train[0][:1]),
-        loss_fn=_loss(model),
-        gather=gather,
-        evaluate=lambda params, examples: _evaluate(model, params, examples[:2]),
-        inputs=inputs,
-        total_steps=steps,
-    )
+    return classification(model, inputs, steps)._replace(gather=gather)
 
 
 def _init(model: nn.Module, example: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -110,6 +114,7 @@ def _loss(model: nn.Module) -> Callable[..., Any]:
 
 
 def _evaluate(model: nn.Module, params: Any, examples: Any) -> Any:
-    logits = model.apply({"params": params}, examples[0], train=False)
-    hits = jnp.argmax(logits, axis=-1) == examples[1]
-    return hits.mean(), _cross_entropy(logits, examples[1]).mean()
+    inputs, labels, *_ = examples
+    logits = model.apply({"params": params}, inputs, train=False)
+    hits = jnp.argmax(logits, axis=-1) == labels
+    return hits.mean(), _cross_entropy(logits, labels).mean()

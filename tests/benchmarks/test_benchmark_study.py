@@ -22,6 +22,7 @@ from benchmarks.tasks import (
     training,
 )
 from benchmarks.tasks import text as text_data
+from benchmarks.tasks.fine_tuning import fine_tuning
 from benchmarks.tasks.records import Record
 from benchmarks.tasks.search import (
     Hyperparameters,
@@ -246,3 +247,16 @@ def test_unknown_method_gets_one_sentence(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         study.main(["digits", "--methods", "sdg"])
     assert "'sdg' is none of sgd, msam" in capsys.readouterr().err
+
+
+def test_fine_tuning_starts_from_a_trained_network_with_few_examples() -> None:
+    problem = fine_tuning(epochs=1, start_epochs=1)
+    first, second = problem.inputs(0, True), problem.inputs(3, False)
+    assert first.order.shape == (problem.total_steps, 50)
+    assert np.bincount(first.train[1]).min() >= 9 and len(first.train[1]) == 100
+    assert not np.array_equal(first.train[0], second.train[0])
+    # What is validated on is not in the test.
+    rows = {image.tobytes() for image in first.held_out[0]}
+    assert not any(image.tobytes() in rows for image in second.held_out[0])
+    state = problem.init(optax.sgd(0.1), jax.random.key(0), first.train)
+    assert state.params is first.train[2] is second.train[2]
