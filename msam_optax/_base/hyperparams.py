@@ -1,14 +1,16 @@
 """Hyper-parameters: checked when a transformation is built, scheduled when it runs."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-# A schedule maps a step, counted from 0, to the value at that step.
-ScalarOrSchedule = optax.ScalarOrSchedule
+# A schedule maps a step, counted from 0, to the value at that step. To type
+# checkers optax.ScalarOrSchedule is a variable and no type.
+ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
 
 
 def check_real(

@@ -15,6 +15,34 @@ def check_params(why: str, params: Any) -> None:
         )
 
 
+def check_state(state: Any, kind: type) -> None:
+    """Raises ValueError unless what was given as state is one of its kind."""
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"update(updates, state, params) needs the {kind.__name__} that init "
+            f"returned, but got a {type(state).__name__} as state: were state and "
+            "params swapped? A state from a checkpoint must be restored into that of "
+            "optimizer.init(params)."
+        )
+
+
+def check_init(params: Any) -> None:
+    """Raises ValueError where an optimizer or its state was given as parameters."""
+    if _holds_state(params):
+        raise ValueError(
+            "init(params) needs the parameters alone, but an optimizer, its state or a "
+            f"train state was given, or stands inside the {type(params).__name__}."
+        )
+
+
+def _holds_state(tree: Any) -> bool:
+    module = type(tree).__module__
+    if module.startswith(("optax.", "msam_optax.")) and not is_masked(tree):
+        return hasattr(tree, "_fields")
+    children = jax.tree.leaves(tree, is_leaf=lambda x: x is not tree)
+    return any(_holds_state(child) for child in children if child is not tree)
+
+
 def is_masked(x: Any) -> bool:
     """Whether a node stands for a parameter that is masked out."""
     return isinstance(x, optax.MaskedNode)

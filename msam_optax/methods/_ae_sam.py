@@ -20,7 +20,7 @@ def ae_sam(
     """Adaptively employed SAM: SAM in sharp regions, the plain gradient elsewhere.
 
     *Cost*: about half an extra gradient a step with the defaults. *State*: the
-    optimizer's, and seven scalars (eight where rho is a schedule). *Position*:
+    optimizer's, and eight scalars (nine where rho is a schedule). *Position*:
     ``update`` needs ``params`` and ``grad_fn``.
 
     Args:

@@ -17,7 +17,7 @@ def asam(
 ) -> optax.GradientTransformationExtraArgs:
     """Adaptive SAM around any optimizer: SAM with a radius relative to each weight.
 
-    *Cost*: one extra gradient a step. *State*: the optimizer's, and one scalar (two
+    *Cost*: one extra gradient a step. *State*: the optimizer's, and two scalars (three
     where rho is a schedule). *Position*: ``update`` needs ``params`` and ``grad_fn``.
 
     Args:

@@ -20,7 +20,7 @@ def esam(
     """Efficient SAM: stochastic weight perturbation and data selection.
 
     *Cost*: one forward pass over the batch, and gamma extra gradients a step. *State*:
-    the optimizer's, and two scalars. *Position*: ``update`` needs ``params``,
+    the optimizer's, and three scalars. *Position*: ``update`` needs ``params``,
     ``per_example_losses`` and ``per_example_loss_fn``, see :func:`selected_gradient`.
 
     Args:

@@ -14,7 +14,7 @@ def fisher_sam(
 ) -> optax.GradientTransformationExtraArgs:
     """SAM in the ellipsoid of an empirical Fisher information.
 
-    *Cost*: one extra gradient a step. *State*: the optimizer's, and one scalar (two
+    *Cost*: one extra gradient a step. *State*: the optimizer's, and two scalars (three
     where rho is a schedule). *Position*: ``update`` needs ``params`` and ``grad_fn``,
     with gradients of the unscaled loss.
 

@@ -16,7 +16,7 @@ def friendly_sam(
     """Friendly SAM around any optimizer.
 
     *Cost*: one extra gradient a step. *State*: the optimizer's, one tree like the
-    parameters and two scalars (three where rho is a schedule). *Position*: ``update``
+    parameters and three scalars (four where rho is a schedule). *Position*: ``update``
     needs ``params`` and ``grad_fn``.
 
     Args:

@@ -15,7 +15,7 @@ def gradient_norm_penalty(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Penalises the gradient's norm: steps with :math:`(1-\alpha) g + \alpha\tilde g`.
 
-    *Cost*: one extra gradient a step. *State*: the optimizer's, and one scalar (two
+    *Cost*: one extra gradient a step. *State*: the optimizer's, and two scalars (three
     where rho is a schedule). *Position*: ``update`` needs ``params`` and ``grad_fn``.
 
     Args:

@@ -15,7 +15,7 @@ def gsam(
 ) -> optax.GradientTransformationExtraArgs:
     """GSAM: minimises the perturbed loss and its gap to the clean one.
 
-    *Cost*: one extra gradient a step. *State*: the optimizer's, and one scalar (two
+    *Cost*: one extra gradient a step. *State*: the optimizer's, and two scalars (three
     where rho is a schedule). *Position*: ``update`` needs ``params`` and ``grad_fn``.
 
     Args:

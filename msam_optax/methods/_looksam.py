@@ -26,7 +26,7 @@ def looksam(
     :math:`g + \alpha (\|g\|/\|g_v\|)\, g_v`.
 
     *Cost*: 1/k extra gradients a step. *State*: the optimizer's, one tree like the
-    parameters and four scalars (five where rho is a schedule). *Position*: ``update``
+    parameters and five scalars (six where rho is a schedule). *Position*: ``update``
     needs ``params`` and ``grad_fn``.
 
     Args:
@@ -79,7 +79,7 @@ def ae_looksam(
     gradient either way.
 
     *Cost*: the policy's share of extra gradients. *State*: the optimizer's, one tree
-    like the parameters and seven scalars (eight where rho is a schedule). *Position*:
+    like the parameters and eight scalars (nine where rho is a schedule). *Position*:
     ``update`` needs ``params`` and ``grad_fn``.
 
     Args:

@@ -12,7 +12,7 @@ def sam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""SAM around any optimizer: steps with :math:`\nabla L(w + \rho\,g/\|g\|)`.
 
-    *Cost*: one extra gradient a step. *State*: the optimizer's, and one scalar (two
+    *Cost*: one extra gradient a step. *State*: the optimizer's, and two scalars (three
     where rho is a schedule). *Position*: ``update`` needs ``params`` and ``grad_fn``.
 
     Args:

@@ -18,7 +18,7 @@ def ss_sam(
     """Stochastic scheduled SAM: SAM on random steps, the plain gradient on the others.
 
     *Cost*: ``probability`` extra gradients a step on average. *State*: the optimizer's,
-    and four scalars (five where rho is a schedule). *Position*: ``update`` needs
+    and five scalars (six where rho is a schedule). *Position*: ``update`` needs
     ``params`` and ``grad_fn``.
 
     Args:

@@ -22,7 +22,7 @@ def wsam(
     :math:`(1-\alpha)\,g + \alpha\,\tilde g`. *Decoupled* (with one) it steps with g,
     and :math:`-\eta\alpha\,(\tilde g - g)` is added outside its momentum.
 
-    *Cost*: one extra gradient a step. *State*: the optimizer's, and one scalar, one
+    *Cost*: one extra gradient a step. *State*: the optimizer's, and two scalars, one
     more for each schedule among rho and learning_rate. *Position*: ``update`` needs
     ``params`` and ``grad_fn``.
 

@@ -13,6 +13,7 @@ from msam_optax._base.hyperparams import (
     read_schedule,
 )
 from msam_optax._base.numerics import add_scaled
+from msam_optax._base.trees import check_init, check_state
 from msam_optax.transforms._sharpness_aware import (
     SharpnessAwareState,
     sharpness_aware_gradient,
@@ -42,9 +43,9 @@ def decoupled_sharpness(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds :math:`-\eta\alpha\,(\tilde g - g)` to an optimizer's updates.
 
-    *Cost*: one extra gradient. *State*: the optimizer's and the ascent's, and one
-    scalar, one more for a schedule. *Position*: outermost; the optimizer sees the clean
-    gradient.
+    *Cost*: one extra gradient. *State*: the optimizer's and the ascent's, and two
+    scalars, one more for a schedule. *Position*: outermost; the optimizer sees the
+    clean gradient.
 
     Args:
       optimizer: the whole base optimizer.
@@ -67,6 +68,7 @@ def decoupled_sharpness(
     )
 
     def init_fn(params):
+        check_init(params)
         return DecoupledSharpnessState(
             optimizer_state=optimizer.init(params),
             sharpness_aware_state=sharpness.init(params),
@@ -74,6 +76,7 @@ def decoupled_sharpness(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
+        check_state(state, DecoupledSharpnessState)
         difference, sharpness_aware_state = sharpness.update(
             updates, state.sharpness_aware_state, params, **extra_args
         )

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from msam_optax._base.hyperparams import check_transformation, training_step
+from msam_optax._base.trees import check_init, check_state
 from msam_optax.policies import Policy
-from msam_optax.transforms._find_momentum import find_states
-from msam_optax.transforms._momentum import PERTURBED
+from msam_optax.transforms._placement import check_is_no_optimizer
 
 # otherwise(updates, inner_state) -> updates
 Otherwise = Callable[[optax.Updates, optax.OptState], optax.Updates]
@@ -73,7 +73,8 @@ def employ(
 
     Raises:
       ValueError: if policy is not a :class:`msam_optax.policies.Policy`, transform no
-        transformation or around MSAM, or ``employed`` not a bool.
+        transformation or, without otherwise, a whole optimizer, or ``employed`` not a
+        bool.
 
     >>> import jax, jax.numpy as jnp, msam_optax, optax
     >>> sam = msam_optax.sharpness_aware_gradient(msam_optax.ascents.normalized(0.1))
@@ -96,13 +97,10 @@ def employ(
     transform = check_transformation("transform", transform)
 
     def init_fn(params):
+        check_init(params)
         inner_state = transform.init(params)
-        if find_states(inner_state, PERTURBED):
-            raise ValueError(
-                "employ was given MSAM, a whole optimizer: on the other steps the raw "
-                "gradient would be the update. For MSAM on some steps give rho a "
-                "schedule, rho=lambda step: 0.3 * (step >= 100)."
-            )
+        if otherwise is None:
+            check_is_no_optimizer("employ", transform, inner_state, params)
         return EmployState(
             step=jnp.zeros([], jnp.int32),
             employed=jnp.zeros([], bool),
@@ -112,6 +110,7 @@ def employ(
         )
 
     def update_fn(updates, state, params=None, *, employed=None, **extra_args):
+        check_state(state, EmployState)
         if employed is not None and not isinstance(employed, bool):
             raise ValueError(
                 "employed chooses a branch while tracing: it must be a Python bool or "
@@ -122,21 +121,23 @@ def employ(
             updates, state.policy_state, params, **extra_args
         )
 
-        def run(updates, inner_state):
+        # The updates are closed over and no operands, so that whoever is inside finds
+        # the clean gradient by its identity.
+        def run(inner_state):
             return transform.update(updates, inner_state, params, **extra_args)
 
-        def skip(updates, inner_state):
+        def skip(inner_state):
             if otherwise is not None:
-                updates = otherwise(updates, inner_state)
+                return otherwise(updates, inner_state), inner_state
             return updates, inner_state
 
         if employed is None:
             new_updates, inner_state = jax.lax.cond(
-                decision, run, skip, updates, state.inner_state
+                decision, run, skip, state.inner_state
             )
         else:
             branch = run if employed else skip
-            new_updates, inner_state = branch(updates, state.inner_state)
+            new_updates, inner_state = branch(state.inner_state)
         return new_updates, EmployState(
             step=optax.safe_increment(state.step),
             employed=decision,

@@ -9,6 +9,7 @@ import optax
 
 from msam_optax._base.hyperparams import check_integer, check_transformation
 from msam_optax._base.numerics import add_scaled, statistics_dtype
+from msam_optax.transforms._placement import check_is_no_optimizer
 
 
 class MSharpness(NamedTuple):
@@ -78,9 +79,9 @@ def m_sharpness(
     transform = check_transformation("transform", transform)
 
     def init(params):
-        return jax.tree.map(
-            lambda x: jnp.stack([jnp.asarray(x)] * shards), transform.init(params)
-        )
+        state = transform.init(params)
+        check_is_no_optimizer("m_sharpness", transform, state, params)
+        return jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * shards), state)
 
     def split(x):
         if jnp.ndim(x) == 0 or x.shape[0] % shards:

@@ -1,5 +1,6 @@
 """Remembers what SAM adds to the gradient, and adds it on the other steps."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from msam_optax._base.numerics import (
     orthogonal_part,
     safe_divide,
 )
-from msam_optax.transforms._employ import Otherwise
+from msam_optax._base.trees import check_state
 from msam_optax.transforms._sharpness_aware import (
     SharpnessAwareState,
     sharpness_aware_gradient,
@@ -32,6 +33,10 @@ class RememberedGradientState(NamedTuple):
     orthogonal: optax.Updates
 
 
+# reuse(updates, inner_state) -> updates
+Reuse = Callable[[optax.Updates, RememberedGradientState], optax.Updates]
+
+
 def remembered_gradient(
     ascent: optax.GradientTransformation, per_tensor: bool = False
 ) -> optax.GradientTransformationExtraArgs:
@@ -44,7 +49,7 @@ def remembered_gradient(
       g_v = g_s - \frac{\langle g, g_s \rangle}{\|g\|^2}\, g .
 
     *Cost*: one extra gradient. *State*: one tree like the parameters, the ascent's and
-    one scalar. *Position*: in an ``employ`` with
+    two scalars. *Position*: in an ``employ`` with
     ``otherwise=``:func:`reuse_remembered`, first in a chain.
 
     Args:
@@ -73,6 +78,7 @@ def remembered_gradient(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
+        check_state(state, RememberedGradientState)
         perturbed, sharpness_aware_state = sharpness_aware.update(
             updates, state.sharpness_aware_state, params, **extra_args
         )
@@ -85,7 +91,7 @@ def remembered_gradient(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def reuse_remembered(alpha: float, per_tensor: bool = False) -> Otherwise:
+def reuse_remembered(alpha: float, per_tensor: bool = False) -> Reuse:
     r"""The gradient of the steps between: :math:`g + \alpha (\|g\|/\|g_v\|)\, g_v`.
 
     Before the first refresh :math:`g_v` is zero and this is the plain gradient.

@@ -8,10 +8,16 @@ import jax.numpy as jnp
 import optax
 
 from msam_optax._base.hyperparams import check_real, check_transformation, static_value
-from msam_optax._base.trees import check_params
+from msam_optax._base.trees import check_params, check_state
 from msam_optax.ascents._make import perturbation
-from msam_optax.transforms._sharpness_aware import (
+from msam_optax.transforms._second_gradient import (
     TAKEN_AT,
+    check_clean,
+    for_the_ascent,
+    whole_params,
+)
+from msam_optax.transforms._sharpness_aware import (
+    SharpnessAwareState,
     ascended_state,
     initial_state,
 )
@@ -27,8 +33,8 @@ def selected_gradient(
     that of their mean loss.
 
     *Cost*: one forward pass over the batch at :math:`w + \varepsilon` and a gradient
-    over the samples kept. *State*: the ascent's, and one scalar. *Position*: first in a
-    chain.
+    over the samples kept. *State*: the ascent's, and two scalars. *Position*: first in
+    a chain.
 
     Args:
       ascent: what makes epsilon of the gradient.
@@ -72,16 +78,19 @@ def selected_gradient(
         per_example_loss_fn=None,
         **extra_args,
     ):
+        check_state(state, SharpnessAwareState)
         check_params(TAKEN_AT, params)
+        check_clean(updates, extra_args)
+        whole = whole_params(params, extra_args)
         count = _number_to_keep(per_example_losses, per_example_loss_fn, gamma)
         epsilon, ascent_state = perturbation(
-            ascent, updates, state.ascent_state, params, **extra_args
+            ascent, updates, state.ascent_state, params, **for_the_ascent(extra_args)
         )
         ascended = optax.apply_updates(params, epsilon)
         size = per_example_losses.shape[0]
 
         def losses(params, indices, expected):
-            given = per_example_loss_fn(params, indices)
+            given = per_example_loss_fn(whole(params), indices)
             if jnp.shape(given) != (expected,):
                 raise ValueError(
                     "per_example_loss_fn must return one loss for each sample asked "
@@ -93,7 +102,7 @@ def selected_gradient(
         rise = losses(ascended, None, size) - per_example_losses
         _, indices = jax.lax.top_k(rise, count)
         gradient = jax.grad(lambda p: jnp.mean(losses(p, indices, count)))(ascended)
-        return gradient, ascended_state(ascent_state, params, ascended)
+        return gradient, ascended_state(ascent_state, params, ascended, jnp.mean(rise))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

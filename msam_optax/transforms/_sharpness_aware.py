@@ -8,11 +8,14 @@ import optax
 
 from msam_optax._base.hyperparams import check_transformation
 from msam_optax._base.numerics import global_norm, statistics_dtype
-from msam_optax._base.trees import check_like, check_params
+from msam_optax._base.trees import check_init, check_params, check_state
 from msam_optax.ascents._make import perturbation
 from msam_optax.combine import Combine
-
-TAKEN_AT = "A sharpness-aware gradient is taken at params + epsilon"
+from msam_optax.transforms._second_gradient import (
+    TAKEN_AT,
+    for_the_ascent,
+    second_gradient,
+)
 
 
 class SharpnessAwareState(NamedTuple):
@@ -21,10 +24,13 @@ class SharpnessAwareState(NamedTuple):
     Attributes:
       ascent_state: state of the ascent.
       perturbation_norm: float32 scalar, l2 norm of the last epsilon.
+      sharpness: float32 scalar, L(w + epsilon) - L(w) of the batch at the last epsilon;
+        0 where the two losses were not handed in.
     """
 
     ascent_state: optax.OptState
     perturbation_norm: jax.Array
+    sharpness: jax.Array
 
 
 def sharpness_aware_gradient(
@@ -41,9 +47,11 @@ def sharpness_aware_gradient(
       \tilde g = \nabla L(w + \varepsilon), \qquad
       \text{out} = \operatorname{combine}(g, \tilde g).
 
-    *Cost*: one extra gradient. *State*: the ascent's, and one scalar. *Position*:
-    first in a chain, since it replaces the gradient; weight decay before it would
-    steer the ascent and be lost from the step.
+    *Cost*: one extra gradient. *State*: the ascent's, and two scalars. *Position*:
+    first in a chain, since it replaces the gradient: clipping, weight decay or a guard
+    against NaNs before it would steer the ascent and be lost from the step, and
+    ``optax.apply_if_finite`` or ``optax.MultiSteps`` around it does not see the
+    gradient that is taken inside. They belong behind it.
 
     Args:
       ascent: what makes epsilon of the gradient, for instance
@@ -57,12 +65,18 @@ def sharpness_aware_gradient(
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` whose ``update`` needs ``params``
       and the keyword ``grad_fn``, a function from params to the gradient of the same
-      loss on the same batch with the same random key as the updates.
+      loss on the same batch with the same random key as the updates. In its place
+      serves ``value_and_grad_fn``, a function to loss and gradient, or ``value_fn`` to
+      the loss, which Optax's line searches and other libraries' loops hand in; with
+      one of these two and ``value``, the clean loss, the state tells the sharpness.
+      Where a wrapper masks parameters out, ``all_params`` are all of them. Given
+      ``clean_grad``, the updates are refused unless they are that gradient itself.
 
     Raises:
       ValueError: if ascent is no transformation or combine no function; in ``update``,
-        if ``params`` or ``grad_fn`` is missing or ``grad_fn``
-        returns something else than a gradient like the updates.
+        if ``params`` or ``grad_fn`` is missing, ``grad_fn`` returns something else than
+        a gradient like the updates, parameters are hidden, or the updates are not the
+        clean gradient.
 
     >>> import jax, jax.numpy as jnp, msam_optax, optax
     >>> grad_fn = jax.grad(lambda w: jnp.sum(w**4))
@@ -91,24 +105,28 @@ def sharpness_aware_gradient(
     def init_fn(params):
         return initial_state(ascent, params)
 
-    def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
+    def update_fn(updates, state, params=None, **extra_args):
+        check_state(state, SharpnessAwareState)
         check_params(TAKEN_AT, params)
-        _check_grad_fn(grad_fn)
+        loss_and_gradient = second_gradient(updates, params, extra_args)
+        others = for_the_ascent(extra_args)
 
         def ascend(clean, params):
-            return perturbation(ascent, clean, state.ascent_state, params, **extra_args)
+            return perturbation(ascent, clean, state.ascent_state, params, **others)
 
         epsilon, ascent_state = ascend(updates, params)
         ascended = optax.apply_updates(params, epsilon)
-        perturbed = grad_fn(ascended)
-        _check_gradient(perturbed, updates)
+        loss, perturbed = loss_and_gradient(ascended)
         if second_order:
             # d/dw L(w + epsilon(w)) = (I + d epsilon/dw)^T grad L(w + epsilon)
-            _, vjp = jax.vjp(lambda w: ascend(grad_fn(w), w)[0], params)
+            _, vjp = jax.vjp(lambda w: ascend(loss_and_gradient(w)[1], w)[0], params)
             (through_epsilon,) = vjp(perturbed)
             perturbed = optax.tree.add(perturbed, through_epsilon)
         gradient = perturbed if combine is None else combine(updates, perturbed)
-        return gradient, ascended_state(ascent_state, params, ascended)
+        clean_loss = extra_args.get("value")
+        known = loss is not None and clean_loss is not None
+        rise = loss - clean_loss if known else 0
+        return gradient, ascended_state(ascent_state, params, ascended, rise)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -117,49 +135,42 @@ def chained(
     transform: optax.GradientTransformation, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
     """The chain of a transformation of the gradient and a whole optimizer."""
-    return optax.chain(transform, check_transformation("optimizer", optimizer))
+    chain = optax.chain(transform, check_transformation("optimizer", optimizer))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        # A chain would take a dictionary of two parameters for its state.
+        check_state(state, tuple)
+        return chain.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(chain.init, update_fn)
 
 
 def initial_state(
     ascent: optax.GradientTransformation, params: optax.Params
 ) -> SharpnessAwareState:
     """The state before the first ascent."""
+    check_init(params)
+    zero = jnp.zeros([], statistics_dtype(params))
     return SharpnessAwareState(
-        ascent_state=ascent.init(params),
-        perturbation_norm=jnp.zeros([], statistics_dtype(params)),
+        ascent_state=ascent.init(params), perturbation_norm=zero, sharpness=zero
     )
 
 
 def ascended_state(
-    ascent_state: optax.OptState, params: optax.Params, ascended: optax.Params
+    ascent_state: optax.OptState,
+    params: optax.Params,
+    ascended: optax.Params,
+    rise: Any,
 ) -> SharpnessAwareState:
     """The state after an ascent from params to where the gradient was taken.
+
+    ``rise`` is that of the loss.
 
     The norm is that of the difference: both are there anyway, while of epsilon itself
     XLA would keep a copy, and another of its square.
     """
+    dtype = statistics_dtype(params)
     norm = global_norm(optax.tree.sub(ascended, params))
-    return SharpnessAwareState(ascent_state, norm.astype(statistics_dtype(params)))
-
-
-def _check_grad_fn(grad_fn: Any) -> None:
-    if not callable(grad_fn):
-        raise ValueError(
-            "A sharpness-aware gradient needs the keyword grad_fn, a function from "
-            f"params to gradients, but got a {type(grad_fn).__name__}: call "
-            "update(updates, state, params, grad_fn=jax.grad(loss))."
-        )
-
-
-def _check_gradient(gradient: Any, updates: Any) -> None:
-    """Raises ValueError unless `gradient` has the updates' tree, shapes and dtypes."""
-    hint = ""
-    if isinstance(gradient, tuple) and not isinstance(updates, tuple):
-        hint = (
-            " It returned a tuple: did you pass jax.value_and_grad, or a gradient with "
-            "has_aux=True? Return the gradient alone."
-        )
-    elif isinstance(gradient, jax.Array) and gradient.ndim == 0:
-        hint = " It returned a scalar: did you pass the loss and not jax.grad(loss)?"
-    needs = "grad_fn must return a gradient like the updates"
-    check_like(needs, gradient, updates, dtypes=True, hint=hint)
+    return SharpnessAwareState(
+        ascent_state, norm.astype(dtype), jnp.asarray(rise, dtype)
+    )

@@ -1,0 +1,92 @@
+"""What is seen to stand in the wrong place, from states and from a dry step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msam_optax.transforms._find_momentum import find_states
+from msam_optax.transforms._momentum import PERTURBED
+from msam_optax.transforms._remembered import RememberedGradientState
+from msam_optax.transforms._sharpness_aware import SharpnessAwareState
+
+
+def check_is_no_optimizer(
+    place: str,
+    transform: optax.GradientTransformationExtraArgs,
+    state: optax.OptState,
+    params: Any,
+) -> None:
+    """Raises ValueError for a whole optimizer where a part of one belongs.
+
+    Args:
+      place: what was given it, in words.
+      transform: what was given.
+      state: its state at the parameters.
+      params: the parameters.
+    """
+    parts = SharpnessAwareState, RememberedGradientState
+    if find_states(state, PERTURBED):
+        raise ValueError(
+            f"{place} was given MSAM, a whole optimizer: on the other steps the raw "
+            "gradient would be the update. For MSAM on some steps give rho a schedule, "
+            "rho=lambda step: 0.3 * (step >= 100)."
+        )
+    # This package's own elements are known to be parts of one, which saves the try.
+    if not isinstance(state, parts) and _descends(transform, params):
+        raise ValueError(
+            f"{place} needs a transformation of the gradient, but was given a whole "
+            "optimizer, whose updates go against the gradient: what follows, or the "
+            "steps without it, would take the one for the other. Put the optimizer "
+            "behind, optax.chain(employ(policy, sharpness_aware_gradient(ascent)), "
+            "optimizer). Where this is meant, say what the other steps do: "
+            "employ(policy, transform, otherwise=lambda updates, inner_state: ...)."
+        )
+
+
+def _descends(transform: optax.GradientTransformationExtraArgs, params: Any) -> bool:
+    """Whether updates go against the gradient, whichever sign it has.
+
+    It is tried at parameters of one entry a leaf. Two steps, since a learning rate may
+    start at 0; both signs, since noise that a transformation adds may outweigh one.
+    """
+
+    def signs(sign):
+        start, gradient = _tiny_like(params, 0), _tiny_like(params, sign)
+        state = transform.init(start)
+        for _ in range(2):
+            updates, state = transform.update(
+                gradient, state, start, grad_fn=lambda params: gradient, value=0.0
+            )
+        return [sign * float(jnp.sum(x)) < 0 for x in jax.tree.leaves(updates)]
+
+    try:
+        with jax.ensure_compile_time_eval():
+            found = signs(1) + signs(-1)
+    except Exception:  # it needs more than this, a value that is traced for instance
+        return False
+    return bool(found) and all(found)
+
+
+def _tiny_like(params: Any, entry: float) -> Any:
+    return jax.tree.map(
+        lambda p: jnp.full((1,) * jnp.ndim(p), entry, jnp.result_type(p)), params
+    )
+
+
+def check_wrappers(state: optax.OptState) -> None:
+    """Raises ValueError for a guard around a second gradient, which it does not see.
+
+    Args:
+      state: of the whole optimizer; its structure alone counts.
+    """
+    for guard in find_states(state, optax.ApplyIfFiniteState):
+        if find_states(guard.inner_state, SharpnessAwareState):
+            raise ValueError(
+                "optax.apply_if_finite stands around a sharpness-aware gradient, but "
+                "it looks at the gradient that comes in, and one that is taken inside "
+                "may not be finite where that one is: put it inside, "
+                "sam(optax.apply_if_finite(optimizer, n)), or skip whole steps by "
+                "make_train_step(..., loss_scaling=LossScaling(1.0, factor=1.0))."
+            )
