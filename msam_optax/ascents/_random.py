@@ -15,6 +15,7 @@ from msam_optax._base.hyperparams import (
     value_at,
 )
 from msam_optax._base.numerics import global_norm, safe_divide, scale
+from msam_optax.ascents._draws import coins_like, draws_like
 
 
 class RandomAscentState(NamedTuple):
@@ -68,13 +69,18 @@ def stochastic(
     """
     check_real("beta", beta, low=0.0, high=1.0, excluded=0.0)
 
-    def perturb(rho, direction, key):
-        def tensor(key, g):
-            shape = jnp.shape(g) if by_coordinate else ()
-            return jnp.where(jax.random.bernoulli(key, beta, shape), g, 0)
-
+    def perturb(rho, direction, key, step):
+        if by_coordinate:
+            takes_part = draws_like(
+                direction,
+                key,
+                step,
+                lambda key, g: jax.random.bernoulli(key, beta, jnp.shape(g)),
+            )
+        else:
+            takes_part = coins_like(direction, key, beta)
         chosen = jax.tree.map(
-            tensor, optax.tree.split_key_like(key, direction), direction
+            lambda taken, g: jnp.where(taken, g, 0), takes_part, direction
         )
         factor = safe_divide(rho, global_norm(chosen)) / beta
         return optax.tree.cast_like(scale(factor, chosen), direction)
@@ -116,8 +122,13 @@ def gaussian(
       2024.
     """
 
-    def perturb(rho, direction, key):
-        noise = optax.tree.random_like(key, direction)
+    def perturb(rho, direction, key, step):
+        noise = draws_like(
+            direction,
+            key,
+            step,
+            lambda key, g: jax.random.normal(key, jnp.shape(g), jnp.result_type(g)),
+        )
         return scale(safe_divide(rho, global_norm(noise)), noise)
 
     return _random_ascent(rho, seed, perturb)
@@ -137,7 +148,7 @@ def _random_ascent(
         del params
         step = training_step(state.ascent_step, extra_args)
         key = jax.random.fold_in(jax.random.key(seed), step)
-        epsilon = perturb(value_at(rho, step), direction, key)
+        epsilon = perturb(value_at(rho, step), direction, key, step)
         return epsilon, RandomAscentState(ascent_step=optax.safe_increment(step))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

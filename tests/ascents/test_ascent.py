@@ -374,3 +374,34 @@ def test_a_schedule_that_returns_no_number_is_refused(value):
     ascent = mo.ascents.normalized(lambda step: value)
     with pytest.raises(ValueError, match="What a schedule returns must be"):
         ascent.update(jnp.ones(3), ascent.init(jnp.ones(3)))
+
+
+# --- Random draws ---------------------------------------------------------------------
+
+
+def test_the_draws_made_together_are_those_of_one_after_the_other():
+    shapes = [(3, 4), (), (4,), (3, 4), (0, 2), (4,)]
+    tree = [jnp.ones(shape) for shape in shapes] + [jnp.ones((3, 4), jnp.float16)]
+    key = jax.random.fold_in(jax.random.key(7), 0)  # seed 7, step 0
+    keys = jax.random.split(key, len(tree))
+
+    def one_by_one(draw):
+        return [draw(k, x) for k, x in zip(keys, tree, strict=True)]
+
+    def chosen(by_coordinate):
+        shape = jnp.shape if by_coordinate else lambda x: ()
+        drawn = one_by_one(lambda k, x: jax.random.bernoulli(k, 0.5, shape(x)))
+        return [jnp.broadcast_to(d, x.shape) for d, x in zip(drawn, tree, strict=True)]
+
+    for by_coordinate in (False, True):
+        ascent = mo.ascents.stochastic(RHO, 0.5, seed=7, by_coordinate=by_coordinate)
+        drawn = jax.tree.map(lambda e: e != 0, epsilon_of(ascent, tree))
+        chex.assert_trees_all_equal(drawn, chosen(by_coordinate))
+        assert 0 < sum(map(jnp.sum, drawn)) < sum(x.size for x in tree)
+
+    noise = one_by_one(lambda k, x: jax.random.normal(k, x.shape, x.dtype))
+    expected = optax.tree.scale(RHO / np.linalg.norm(flat(noise)), noise)
+    found = epsilon_of(mo.ascents.gaussian(RHO, seed=7), tree)
+    chex.assert_trees_all_equal_dtypes(found, tree)
+    chex.assert_trees_all_close(found, expected, rtol=2e-3)
+    chex.assert_trees_all_close(found[:6], expected[:6], rtol=1e-6)

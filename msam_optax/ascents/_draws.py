@@ -1,0 +1,65 @@
+"""Random numbers for every tensor of a tree, without compiling a draw for each.
+
+A draw is a few hundred instructions, and on CPU even the slice that takes a tensor's
+part out of a larger array is compiled again in every fusion that uses it. So the draws
+are made together, and each is handed on as an array that no fusion reaches behind. The
+numbers are those of one draw after the other, each with its key of the split.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def coins_like(tree: Any, key: jax.Array, probability: Any) -> Any:
+    """One boolean for each leaf, true with a probability."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    coins = jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
+    # The root and the sums are where fusions end, see `_base.numerics`.
+    coins = jnp.sqrt(coins.astype(jnp.float32))
+    places = jnp.arange(len(leaves))
+    each = [jnp.sum(coins, where=places == i) > 0 for i in range(len(leaves))]
+    return jax.tree.unflatten(treedef, each)
+
+
+def draws_like(
+    tree: Any, key: jax.Array, step: jax.Array, draw: Callable[[jax.Array, Any], Any]
+) -> Any:
+    """``draw(key, leaf)`` for each leaf, in one loop for all of a shape and dtype.
+
+    Where such leaves are sharded along different axes, some of their draws change
+    devices: one all-to-all a shape.
+
+    Args:
+      tree: of arrays; their shapes and dtypes count.
+      key: of all draws.
+      step: int32 scalar, at least 0.
+      draw: from a key and a leaf to an array.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    alike: dict[Any, list[int]] = {}
+    for place, leaf in enumerate(leaves):
+        alike.setdefault((jnp.shape(leaf), jnp.result_type(leaf)), []).append(place)
+
+    def draw_all():
+        draws = [None] * len(leaves)
+        for places in alike.values():
+            leaf = leaves[places[0]]
+            together = jax.lax.map(
+                lambda key, leaf=leaf: draw(key, leaf), keys[np.array(places)]
+            )
+            for place, one in zip(places, together, strict=True):
+                draws[place] = one
+        return draws
+
+    def nothing():
+        shapes = jax.eval_shape(draw_all)
+        return [jnp.zeros(x.shape, x.dtype) for x in shapes]
+
+    # Always the first, which XLA does not know: it fuses nothing into a branch.
+    return jax.tree.unflatten(treedef, jax.lax.cond(step >= 0, draw_all, nothing))
