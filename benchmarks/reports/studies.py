@@ -39,7 +39,8 @@ def save(
     (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _chosen_rows(name: str, chosen: Row, tests: Sequence[Row]) -> dict[int, Row]:
+def chosen_rows(name: str, chosen: Row, tests: Sequence[Row]) -> dict[int, Row]:
+    """A method's tests at its chosen setting, by seed."""
     wanted = {"method": name, **chosen}
     return {
         row["seed"]: row
@@ -57,7 +58,7 @@ def _table(kind: str, methods: Mapping[str, Any], tests: Sequence[Row]) -> list[
     ]
     base: dict[int, Row] = {}
     for name, method in methods.items():
-        rows = _chosen_rows(name, method["chosen"], tests)
+        rows = chosen_rows(name, method["chosen"], tests)
         if not rows:
             continue
         base = base or rows

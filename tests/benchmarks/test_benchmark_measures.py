@@ -1,13 +1,18 @@
 """Tests of benchmarks/radius.py, sharpness.py and shares.py."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import stats
 
 import msam_optax
-from benchmarks import radius, sharpness
+from benchmarks import normality, page, radius, sharpness
 from benchmarks.tasks import optimizers, problems, runs
 
 
@@ -73,3 +78,60 @@ def test_run_takes_a_decision_for_each_of_a_sweep() -> None:
         one, _ = single(runs.Traced(0.03, rho, 0.01), inputs)
         assert float(swept.loss[number]) == pytest.approx(float(one.loss), rel=1e-3)
         assert float(swept.sam_fraction[number]) == float(one.sam_fraction)
+
+
+def test_squared_norms_without_their_line() -> None:
+    """A trend over an epoch is no deviation from normality; a skewed noise is."""
+    rng = np.random.default_rng(0)
+
+    def rows(noise: np.ndarray) -> list[dict[str, str]]:
+        return [
+            {
+                "seed": str(seed),
+                "epoch": str((step + 1) / 50),
+                "squared_norm": str(10 - 0.05 * step + noise[seed, step]),
+            }
+            for seed in range(4)
+            for step in range(200)
+        ]
+
+    normal = normality.standardised(rows(rng.normal(size=(4, 200))))
+    assert len(normal) == 800 and np.std(normal) == pytest.approx(1, abs=0.03)
+    assert abs(stats.skew(normal)) < 0.2
+    skewed = normality.standardised(rows(rng.exponential(size=(4, 200))))
+    assert stats.skew(skewed) > 1
+    assert any("Skewness" in line for line in normality.table(skewed))
+
+
+def test_page_replaces_its_table_alone(tmp_path: Path) -> None:
+    study = tmp_path / "digits"
+    study.mkdir()
+    settings: dict[str, dict[str, Any]] = {
+        "sgd": {"learning_rate": 0.1, "rho": None, "weight_decay": 0.0},
+        "sam": {"learning_rate": 0.1, "rho": 0.5, "weight_decay": 0.0},
+    }
+    methods = {name: {"chosen": chosen} for name, chosen in settings.items()}
+    (study / "chosen.json").write_text(json.dumps({"methods": methods}))
+    with (study / "test.jsonl").open("w") as file:
+        for name, gain, share in (("sgd", 0.0, 0.0), ("sam", 0.02, 1.0)):
+            for seed in (100, 101, 102):
+                row: dict[str, Any] = {**settings[name], "method": name, "seed": seed}
+                # Seeds differ by more than the methods: the gain is paired.
+                accuracy = 0.5 + 0.1 * (seed - 100) + gain
+                row |= {"accuracy": accuracy, "sam_fraction": share}
+                file.write(json.dumps(row) + "\n")
+            # Another setting's tests do not count.
+            row = {**row, "learning_rate": 0.3, "accuracy": 0.0}
+            file.write(json.dumps(row) + "\n")
+    text = f"Before.\n\n{page.START}\nold\n{page.END}\n\nAfter.\n"
+    made = page.page(text, page.table(tmp_path))
+    assert made.startswith("Before.\n") and made.endswith("After.\n")
+    assert "old" not in made
+    assert "| `sam` | 2.00 | +2.00 ± 0.00 points | 3 |" in made
+    assert page.page(made, page.table(tmp_path)) == made
+
+
+def test_page_of_the_studies_is_that_of_their_rows() -> None:
+    folder = optimizers.RESULTS / "studies"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert page.page(text, page.table(folder)) == text

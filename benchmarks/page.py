@@ -1,0 +1,161 @@
+"""The page on top of the studies: one table and two figures from the rows on disk.
+
+    python benchmarks/page.py
+
+Writes the table between the marks in results/studies/README.md, whose sentences are
+written by hand, and `gain_against_cost.png` and `policies.png` beside it.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from benchmarks import arguments
+from benchmarks.reports import report, studies
+from benchmarks.tasks import optimizers
+from benchmarks.tasks.records import Record
+
+START, END = "<!-- table: python benchmarks/page.py -->", "<!-- end of the table -->"
+
+
+class Result(NamedTuple):
+    """A contender's tests.
+
+    Attributes:
+      method: its name.
+      gradients: in a step, mean.
+      gain: over the study's first method, paired by seed, in its unit; more is better.
+      seeds: how many.
+    """
+
+    method: str
+    gradients: float
+    gain: report.Estimate
+    seeds: int
+
+
+def results(folder: Path, kind: str) -> list[Result]:
+    """Of the contenders of a study, the first of them with a gain of 0."""
+    methods = json.loads((folder / "chosen.json").read_text(encoding="utf-8"))[
+        "methods"
+    ]
+    rows = Record(folder / "test.jsonl", ("method", "seed", "rho")).rows
+    found: list[Result] = []
+    base: dict[int, studies.Row] = {}
+    for name, method in methods.items():
+        own = studies.chosen_rows(name, method["chosen"], rows)
+        base = base or own
+        scale = 100 if kind == "accuracy" else 1
+        gains = [
+            scale * (studies.score(row, kind) - studies.score(base[seed], kind))
+            for seed, row in own.items()
+            if seed in base
+        ]
+        share = sum(row["sam_fraction"] for row in own.values()) / len(own)
+        gain = report.estimate(gains, level=0.95)
+        found.append(Result(name, 1 + share, gain, len(gains)))
+    return found
+
+
+def gain_against_cost(found: Sequence[Result]) -> Figure:
+    """The first figure: what each method gains over SGD, and what it costs."""
+    figure = Figure(figsize=(6, 3.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for place, result in enumerate(found):
+        # Apart from each other where the cost is the same
+        x = result.gradients + 0.012 * (place - len(found) / 2)
+        axes.errorbar(x, result.gain.mean, result.gain.interval, fmt="o", capsize=3)
+        axes.annotate(
+            result.method,
+            (x, result.gain.mean),
+            xytext=(6, 4),
+            textcoords="offset points",
+        )
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.set_xlabel("gradients a step")
+    axes.set_ylabel("test accuracy over SGD, points")
+    axes.margins(x=0.12)
+    return figure
+
+
+def policies(found: Mapping[str, Sequence[Result]]) -> Figure:
+    """The second figure: each policy's gain over a coin of the same share."""
+    figure = Figure(figsize=(4 * len(found), 3.2), dpi=150, layout="constrained")
+    columns = figure.subplots(1, len(found), squeeze=False, sharex=True)[0]
+    for axes, (share, own) in zip(columns, found.items(), strict=True):
+        for place, result in enumerate(reversed(own)):
+            axes.errorbar(
+                result.gain.mean, place, xerr=result.gain.interval, fmt="o", capsize=3
+            )
+        axes.set_yticks(
+            range(len(own)),
+            [f"{r.method} ({100 * (r.gradients - 1):.0f}%)" for r in reversed(own)],
+        )
+        axes.axvline(0, color="0.6", linewidth=0.8)
+        axes.set_title(f"SAM on about {share}% of the steps")
+        axes.set_xlabel("test accuracy over the coin, points")
+    return figure
+
+
+def table(folder: Path) -> list[str]:
+    """All studies in rows of their methods."""
+    lines = [
+        "| study | method | gradients a step | gain over the first | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for name, kind, unit, digits in (
+        ("digits", "accuracy", "points", 2),
+        ("fine-tuning", "accuracy", "points", 2),
+        ("characters", "loss", "nats", 4),
+    ):
+        if not (folder / name / "chosen.json").is_file():
+            continue
+        for result in results(folder / name, kind):
+            mean, half = result.gain
+            gain = f"{mean:+.{digits}f} ± {half:.{digits}f} {unit}"
+            cells = [
+                f"[{name}]({name}/table.md)",
+                f"`{result.method}`",
+                f"{result.gradients:.2f}",
+                gain if mean or half else "",
+                str(result.seeds),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def page(text: str, lines: Sequence[str]) -> str:
+    """The page with the table between its marks."""
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return "\n".join([before + START, "", *lines, "", END + after])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes table and figures; returns the exit code."""
+    parser = arguments.Parser((__doc__ or "").partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=optimizers.RESULTS / "studies")
+    folder = parser.parse_args(argv).folder
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(page(text, table(folder)), encoding="utf-8")
+    found = results(folder / "digits", "accuracy")
+    gain_against_cost(found).savefig(folder / "gain_against_cost.png")
+    shares: dict[str, Any] = {
+        share: results(folder / f"policies-{share}", "accuracy")
+        for share in ("10", "25", "50")
+        if (folder / f"policies-{share}" / "chosen.json").is_file()
+    }
+    if shares:
+        policies(shares).savefig(folder / "policies.png")
+    Console().print(f"Written: {readme}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
