@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from msam_optax._base.numerics import statistics_dtype, vdot
+from msam_optax._base.numerics import statistics_dtype
 from msam_optax._base.trees import check_like, described
 
 MeanLoss = Callable[[Any, Any], jax.Array]
@@ -126,11 +126,3 @@ def batch_hessian_vector(
         return batch_gradient(loss_fn, params, batch)
 
     return jax.jvp(at, (params,), (vector,))[1]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def batch_quadratic_form(
-    loss_fn: MeanLoss, params: Any, vector: Any, batch: Any
-) -> jax.Array:
-    """vector · H · vector for the Hessian of one batch."""
-    return vdot(vector, batch_hessian_vector(loss_fn, params, vector, batch))

@@ -83,7 +83,16 @@ def recalibrate_batch_stats(
     return {**model_state, "batch_stats": new}
 
 
-def _pass(model, rngs, static, variables, arrays, statistics, key, inputs):
+def _pass(
+    model: nn.Module,
+    rngs: tuple[str, ...],
+    static: tuple,
+    variables: Any,
+    arrays: dict[str, Any],
+    statistics: Any,
+    key: jax.Array,
+    inputs: Inputs,
+) -> Any:
     key, *keys = jax.random.split(key, 1 + len(rngs))
     outputs, updated = model.apply(
         {**variables, "batch_stats": statistics},

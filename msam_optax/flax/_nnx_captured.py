@@ -8,10 +8,13 @@ from typing import Any
 import jax
 from flax import nnx
 
+# All of them are Pytrees since Flax 0.12, Objects before.
+_OBJECTS = (getattr(nnx, "Pytree", nnx.Object), nnx.Variable)
+
 
 def is_object(value: Any) -> bool:
     """Whether it is a module, a stream of random keys, a variable, ..."""
-    return isinstance(value, nnx.Pytree | nnx.Variable)
+    return isinstance(value, _OBJECTS)
 
 
 def objects_in(value: Any) -> list[Any]:
@@ -22,7 +25,7 @@ def objects_in(value: Any) -> list[Any]:
     """
     found: dict[int, Any] = {}
 
-    def see(node):
+    def see(node: Any) -> Any:
         found.setdefault(id(node), node)
         return node
 
@@ -43,7 +46,7 @@ def _replaced(value: Any, replace: Callable[[Any], Any], seen: dict[int, Any]) -
     if id(value) in seen:  # functions may close over themselves
         return seen[id(value)]
 
-    def inside(part):
+    def inside(part: Any) -> Any:
         return _replaced(part, replace, seen)
 
     if isinstance(value, functools.partial):

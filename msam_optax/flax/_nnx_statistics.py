@@ -77,13 +77,15 @@ def recalibrate_batch_stats(
 def _split(model: nnx.Module, arrays: Any) -> Any:
     is_statistic = nnx.filterlib.to_predicate(nnx.BatchStat)
 
-    def of_the_model(path, variable):
+    def of_the_model(path: Any, variable: Any) -> bool:
         return path[0] == 0 and is_statistic(path, variable)
 
     return nnx.split((model, arrays), of_the_model, nnx.RngState, ...)
 
 
-def _pass(graphdef, static, rest, statistics, streams, inputs):
+def _pass(
+    graphdef: Any, static: tuple, rest: Any, statistics: Any, streams: Any, inputs: Any
+) -> Any:
     model, arrays = nnx.merge(graphdef, statistics, streams, rest, copy=True)
     outputs = model(*inputs.args, **inputs.kwargs, **arrays, **dict(static))
     _, statistics, streams, _ = _split(model, arrays)

@@ -64,7 +64,7 @@ def take_anew(step: Step, statistics: Any, streams: Any, batches: Iterable[Any])
     paths, leaves = _flat(statistics)
     structure = jax.tree.structure(statistics)
 
-    def run(leaves, streams, inputs):
+    def run(leaves: Any, streams: Any, inputs: Any) -> Any:
         outputs, new, streams = step(
             jax.tree.unflatten(structure, leaves), streams, inputs
         )
@@ -156,7 +156,7 @@ def _decays(
     _, at, _ = run(leaves, streams, inputs)
     _, new, _ = run(moved, streams, inputs)
 
-    def written(pair):
+    def written(pair: _Pair) -> bool:
         return any(
             not np.array_equal(after[i], before[i])
             for before, after in ((leaves, at), (moved, new))
@@ -199,7 +199,7 @@ def _measured(
 
 
 def _moved(leaves: list[Any], places: list[int]) -> list[Any]:
-    def move(x):
+    def move(x: jax.Array) -> jax.Array:
         return x + jnp.asarray(2.0 ** (8 if x.dtype == jnp.float16 else 60), x.dtype)
 
     return [move(jnp.asarray(x)) if i in places else x for i, x in enumerate(leaves)]

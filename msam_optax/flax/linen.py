@@ -94,7 +94,7 @@ def linen_loss(
             f'sown=("losses",), but rngs={rngs!r} and sown={sown!r} were given.'
         )
 
-    def loss_fn(params, model_state, batch, key):
+    def loss_fn(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
         collections = model_state or {}  # there may be none
         if in_both := set(sown) & set(collections):
             raise ValueError(_SOWN.format(", ".join(sorted(in_both))))
@@ -178,7 +178,7 @@ def init_linen(
     check_transformation("optimizer", optimizer)
     example = Inputs.of(inputs)
 
-    def variables_but(*names):
+    def variables_but(*names: str) -> Any:
         return model.init(
             key,
             *example.args,
@@ -187,7 +187,7 @@ def init_linen(
             **apply_kwargs,
         )
 
-    def is_sown(name):
+    def is_sown(name: str) -> bool:
         # To sow where that is forbidden does nothing; to make a variable there fails.
         try:
             jax.eval_shape(lambda: variables_but(name))
@@ -250,7 +250,7 @@ class LinenTrainState(train_state.TrainState):
         )
         tx = optax.with_extra_args_support(self.tx)
 
-        def update(updates, state, params=None):
+        def update(updates: Any, state: Any, params: Any = None) -> Any:
             return tx.update(updates, state, params, **given)
 
         handing_on = self.replace(tx=optax.GradientTransformation(tx.init, update))

@@ -80,7 +80,7 @@ def nnx_loss(model: nnx.Module, loss: NNXLoss, *others: Any) -> LossFn:
     objects = objects_in(others)
     graph, _, _ = passes.split(model, objects, nnx.Param)
 
-    def loss_fn(params, model_state, batch, key):
+    def loss_fn(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
         del key
         rest = model_state if objects else nnx.State({0: model_state})
         value, (aux, changed) = passes.run(graph, params, rest, loss, batch, others)
@@ -164,10 +164,10 @@ def nnx_update(
     objects = objects_in((loss, batch, others))
     graph, params, rest = passes.split(model, objects, optimizer.wrt)
 
-    def loss_at(params):
+    def loss_at(params: Any) -> Any:
         return passes.run(graph, params, rest, loss, batch, others)
 
-    def grad_fn(params):
+    def grad_fn(params: Any) -> Any:
         return nnx.as_pure(jax.grad(loss_at, has_aux=True)(params)[0])
 
     (value, (aux, changed)), grads = jax.value_and_grad(loss_at, has_aux=True)(params)
@@ -225,7 +225,7 @@ def _handing_on(optimizer: nnx.Optimizer, **given: Any) -> Iterator[None]:
     own = optimizer.tx
     tx = optax.with_extra_args_support(own)
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         return tx.update(updates, state, params, **{**given, **extra_args})
 
     optimizer.tx = optax.GradientTransformationExtraArgs(tx.init, update)

@@ -20,6 +20,7 @@ from msam_optax.plotting._figures import plot_plane as plot_plane
 from msam_optax.plotting._figures import plot_policy as plot_policy
 from msam_optax.plotting._looks import Look as Look
 from msam_optax.plotting._looks import looks as looks
+from msam_optax.plotting._spectrum import plot_spectrum as plot_spectrum
 
 __all__ = [
     "Estimates",
@@ -31,4 +32,5 @@ __all__ = [
     "plot_line",
     "plot_plane",
     "plot_policy",
+    "plot_spectrum",
 ]

@@ -18,6 +18,9 @@ Numbers are summed over the batches in float64 on the host, trees by compensated
 the device.
 """
 
+from msam_optax.sharpness._connectivity import loss_on_curve as loss_on_curve
+from msam_optax.sharpness._connectivity import point_on_curve as point_on_curve
+from msam_optax.sharpness._gauss_newton import GaussNewton as GaussNewton
 from msam_optax.sharpness._hessian import HessianEigenvalues as HessianEigenvalues
 from msam_optax.sharpness._hessian import HessianTrace as HessianTrace
 from msam_optax.sharpness._hessian import curvature_along as curvature_along
@@ -33,19 +36,26 @@ from msam_optax.sharpness._losses import mean_gradient as mean_gradient
 from msam_optax.sharpness._losses import mean_loss as mean_loss
 from msam_optax.sharpness._losses import sharpness_along as sharpness_along
 from msam_optax.sharpness._losses import worst_case_sharpness as worst_case_sharpness
+from msam_optax.sharpness._spectral_density import SpectralDensity as SpectralDensity
+from msam_optax.sharpness._spectral_density import spectral_density as spectral_density
 
 __all__ = [
+    "GaussNewton",
     "HessianEigenvalues",
     "HessianTrace",
+    "SpectralDensity",
     "WorstCase",
     "curvature_along",
     "filter_normalized_direction",
     "hessian_eigenvalues",
     "hessian_trace",
+    "loss_on_curve",
     "loss_on_line",
     "loss_on_plane",
     "mean_gradient",
     "mean_loss",
+    "point_on_curve",
     "sharpness_along",
+    "spectral_density",
     "worst_case_sharpness",
 ]

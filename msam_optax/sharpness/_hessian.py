@@ -1,36 +1,37 @@
 r"""Curvature of a loss at a point: the Hessian over a whole data set in batches.
 
 ``msam_optax.sharpness`` holds these functions too, and its docstring says what
-``loss_fn``, ``params``, ``batches`` and ``on_batch`` must be.
+``loss_fn``, ``params``, ``batches`` and ``on_batch`` must be. Where ``loss_fn`` is a
+``GaussNewton``, all of them take that matrix in the place of the Hessian.
 """
 
 import functools
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
-from msam_optax._base.numerics import global_norm, safe_divide, scale
+from msam_optax._base.numerics import global_norm, safe_divide, scale, vdot
 from msam_optax._base.over_batches import (
     MeanLoss,
     OnBatch,
-    batch_hessian_vector,
-    batch_quadratic_form,
     like,
     mean_number,
     mean_tree,
     wide,
 )
-from msam_optax.sharpness._lanczos import largest_eigenpairs
+from msam_optax.sharpness._gauss_newton import product_with
+from msam_optax.sharpness._lanczos import extreme_eigenpairs
 
 
 class HessianEigenvalues(NamedTuple):
-    r"""The largest eigenvalues of the Hessian.
+    r"""The largest or the smallest eigenvalues of the Hessian.
 
     Attributes:
-      values: float64 numpy array [k], in falling order.
+      values: float64 numpy array [k], the outermost first: the largest ones in falling,
+        the smallest ones in rising order.
       errors: float64 numpy array [k], :math:`\|H v - \lambda v\|` of each pair, so that
         an eigenvalue is no further away. A well separated one is much nearer: by the
         square of this over the gap to the next one. Rounding comes on top, 1e-6 of the
@@ -94,7 +95,7 @@ def curvature_along(
     params = wide(params)
     unit = _unit(like("direction", direction, params))
     return mean_number(
-        functools.partial(batch_quadratic_form, loss_fn, params, unit),
+        functools.partial(_quadratic_form, product_with(loss_fn), params, unit),
         batches,
         on_batch,
     )
@@ -153,7 +154,7 @@ def hessian_trace(
     samples = []
     for sample_key in jax.random.split(key, num_samples):
         form = functools.partial(
-            batch_quadratic_form, loss_fn, params, _signs(sample_key, params)
+            _quadratic_form, product_with(loss_fn), params, signs(sample_key, params)
         )
         samples.append(mean_number(form, batches, on_batch))
     standard_deviation = np.std(samples, ddof=1)
@@ -170,10 +171,13 @@ def hessian_eigenvalues(
     k: int,
     key: jax.Array,
     *,
+    which: Literal["largest", "smallest"] = "largest",
     num_matvecs: int | None = None,
     on_batch: OnBatch | None = None,
 ) -> HessianEigenvalues:
     r"""The k largest eigenvalues of the Hessian and their vectors, by Lanczos' method.
+
+    Or the k smallest: at a point that is no minimum the most negative ones.
 
     With full reorthogonalisation, so that rounding brings no value twice. A value that
     is twice in the spectrum may come once, and the errors do not tell.
@@ -185,8 +189,9 @@ def hessian_eigenvalues(
       loss_fn: mean loss over a batch, twice differentiable.
       params: where the Hessian is taken.
       batches: all of the data.
-      k: how many eigenvalues, the largest by sign and not by size.
+      k: how many eigenvalues.
       key: random key of the first vector.
+      which: "largest" or "smallest", by sign and not by size.
       num_matvecs: dimension of the Krylov space, from k to the number of parameters.
         The default is 4 k + 20 or the number of parameters, whichever is less. Take
         more where the ``errors`` are too large.
@@ -196,8 +201,8 @@ def hessian_eigenvalues(
       A :class:`HessianEigenvalues`.
 
     Raises:
-      ValueError: if k or ``num_matvecs`` is out of range, the Hessian is not finite, or
-        as :func:`msam_optax.sharpness.mean_loss`.
+      ValueError: if k or ``num_matvecs`` is out of range, ``which`` is neither, the
+        Hessian is not finite, or as :func:`msam_optax.sharpness.mean_loss`.
 
     >>> import jax, jax.numpy as jnp
     >>> from msam_optax import sharpness
@@ -207,12 +212,19 @@ def hessian_eigenvalues(
     >>> top = sharpness.hessian_eigenvalues(loss, w, [data], 2, jax.random.key(0))
     >>> print(top.values.round(4))
     [3.     1.3333]
+    >>> least = sharpness.hessian_eigenvalues(
+    ...     loss, w, [data], 1, jax.random.key(0), which="smallest"
+    ... )
+    >>> print(least.values.round(4))
+    [0.3333]
 
     References:
       Lanczos, `An iteration method for the solution of the eigenvalue problem of linear
       differential and integral operators <https://doi.org/10.6028/jres.045.026>`_,
       1950.
     """
+    if which not in ("largest", "smallest"):
+        raise ValueError(f'which must be "largest" or "smallest", not {which!r}.')
     params = wide(params)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     if num_matvecs is None:
@@ -223,19 +235,32 @@ def hessian_eigenvalues(
             f"of parameters, {size}, but k={k} and num_matvecs={num_matvecs} were "
             "given."
         )
+    matvec = over_all(loss_fn, params, batches, on_batch)
+    return HessianEigenvalues(
+        *extreme_eigenpairs(matvec, params, k, key, num_matvecs, which == "largest")
+    )
 
-    def matvec(vector):
-        return mean_tree(
-            functools.partial(batch_hessian_vector, loss_fn, params, vector),
-            batches,
-            on_batch,
-        )
 
-    return HessianEigenvalues(*largest_eigenpairs(matvec, params, k, key, num_matvecs))
+def over_all(
+    loss_fn: MeanLoss, params: Any, batches: Iterable[Any], on_batch: OnBatch | None
+) -> Callable[[Any], Any]:
+    """The product with the Hessian over all examples, a function of the vector."""
+    product = product_with(loss_fn)
+    return lambda vector: mean_tree(
+        functools.partial(product, params, vector), batches, on_batch
+    )
+
+
+def _quadratic_form(product: Any, params: Any, vector: Any, batch: Any) -> jax.Array:
+    return _vdot(vector, product(params, vector, batch))
+
+
+_vdot = jax.jit(vdot)
 
 
 @jax.jit
-def _signs(key: jax.Array, params: Any) -> Any:
+def signs(key: jax.Array, params: Any) -> Any:
+    """A tree like the parameters, of independent random signs."""
     return optax.tree.random_like(key, params, jax.random.rademacher)
 
 

@@ -68,8 +68,8 @@ def loss_on_line(
       Goodfellow, Vinyals and Saxe, `Qualitatively characterizing neural network
       optimization problems <https://arxiv.org/abs/1412.6544>`_, 2015.
     """
-    at = _one_axis("distances", distances)
-    return _losses(loss_fn, params, (direction,), at[:, None], batches, on_batch)
+    at = one_axis("distances", distances)
+    return losses_at(loss_fn, params, (direction,), at[:, None], batches, on_batch)
 
 
 def loss_on_plane(
@@ -124,15 +124,16 @@ def loss_on_plane(
         raise ValueError(
             f"A plane has two directions, but {len(directions)} were given."
         )
-    x, y = _one_axis("xs", xs), _one_axis("ys", ys)
+    x, y = one_axis("xs", xs), one_axis("ys", ys)
     grid = np.stack(np.meshgrid(x, y), axis=-1)
-    losses = _losses(
+    losses = losses_at(
         loss_fn, params, directions, grid.reshape(-1, 2), batches, on_batch
     )
     return losses.reshape(grid.shape[:2])
 
 
-def _one_axis(name: str, values: ArrayLike) -> np.ndarray:
+def one_axis(name: str, values: ArrayLike) -> np.ndarray:
+    """The values as float64[n]; ValueError if they are not one axis of numbers."""
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or not array.size:
         raise ValueError(
@@ -142,7 +143,7 @@ def _one_axis(name: str, values: ArrayLike) -> np.ndarray:
     return array
 
 
-def _losses(
+def losses_at(
     loss_fn: MeanLoss,
     params: Any,
     directions: tuple[Any, ...],

@@ -148,7 +148,7 @@ def sharpness_along(
     params = wide(params)
     perturbed = _sum(params, like("perturbation", perturbation, params))
 
-    def rise(batch):
+    def rise(batch: Any) -> float:
         return float(batch_loss(loss_fn, perturbed, batch)) - float(
             batch_loss(loss_fn, params, batch)
         )
@@ -267,11 +267,11 @@ def filter_normalized_direction(key: jax.Array, params: Any) -> Any:
 
 @jax.jit
 def _filter_normalized(key: jax.Array, params: Any) -> Any:
-    def norms(x):
+    def norms(x: jax.Array) -> jax.Array:
         axes = tuple(range(x.ndim - 1))
         return safe_sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
 
-    def direction(w, noise):
+    def direction(w: jax.Array, noise: jax.Array) -> jax.Array:
         if w.ndim < 2:
             return jnp.zeros_like(w)
         return noise * safe_divide(norms(w), norms(noise))

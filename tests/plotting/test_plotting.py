@@ -14,7 +14,14 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from msam_optax import plotting
-from msam_optax.plotting import Estimates, _draw, _figures, _looks, looks
+from msam_optax.plotting import (
+    Estimates,
+    _draw,
+    _figures,
+    _looks,
+    _spectrum,
+    looks,
+)
 
 MAIN = ["sgd", "nag", "adam", "sam", "msam", "ae_sam", "looksam"]
 
@@ -37,13 +44,16 @@ FIGURES: dict[str, Callable[[Any], Any]] = {
     "policy": lambda ax: plotting.plot_policy([2, 1], [2, 1], [1, 2], [1, 0], ax=ax),
     "cost": lambda ax: plotting.plot_cost({"sgd": Estimates(1, 90, 1)}, ax=ax),
     "eigenvalues": lambda ax: plotting.plot_eigenvalues({"sgd": curve()}, ax=ax),
+    "spectrum": lambda ax: plotting.plot_spectrum({"sgd": curve()}, ax=ax),
 }
 
 
-@pytest.mark.parametrize("module", [plotting, _draw, _figures, _looks])
+@pytest.mark.parametrize("module", [plotting, _draw, _figures, _looks, _spectrum])
 def test_numpy_and_matplotlib_are_all_it_takes(module):
     """Plotting computes nothing: arrays from anywhere can be drawn, without JAX."""
-    own = {f"msam_optax.plotting.{name}" for name in ("_draw", "_figures", "_looks")}
+    files = ("_draw", "_figures", "_looks", "_spectrum")
+    own = {f"msam_optax.plotting.{name}" for name in files}
+    own.add("msam_optax._base.versions")
     names: list[str] = []
     for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
         if isinstance(node, ast.Import):
@@ -73,7 +83,8 @@ def test_the_main_methods_differ_in_colour_and_in_grey(part):
 def test_all_methods_of_the_benchmarks_have_a_look():
     names = Path(__file__).parents[2] / "benchmarks" / "tasks" / "optimizers.py"
     for node in ast.walk(ast.parse(names.read_text())):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict):
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "METHODS":
+            assert isinstance(node.value, ast.Dict)
             found = [ast.literal_eval(key) for key in node.value.keys if key]
     assert set(found) == set(_looks.METHODS)
 
