@@ -3,9 +3,10 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+SITE = Path(__file__).parent
+sys.path[:0] = [str(SITE / "_ext"), str(SITE.parent)]
 
-import msam_optax
+import msam_optax  # noqa: E402  (after the paths above)
 
 project = "msam_optax"
 author = "The msam_optax authors"
@@ -76,6 +77,7 @@ html_theme_options = {
     "use_repository_button": True,
     "use_download_button": False,
     "use_fullscreen_button": False,
+    "navbar_persistent": [],  # the sidebar has the search
     "show_navbar_depth": 1,
     "show_toc_level": 2,
 }

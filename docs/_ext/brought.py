@@ -1,10 +1,12 @@
-"""Brings into the site what is kept elsewhere: notebooks and the page of figures."""
+"""Brings into the site what is kept elsewhere: notebooks, figures, the main table."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
+
+from benchmarks.reports.main_table import main_table
 
 FILES = "https://github.com/msam-optax/msam_optax/blob/main"
 FIGURES = "benchmarks/results/figures"
@@ -31,6 +33,7 @@ def bring(app: Sphinx, config: Any) -> None:
     text = IMAGE.sub(rf"![\1](../{FIGURES}/\2)", text)
     text = LINK.sub(rf"[\1]({FILES}/{FIGURES}/\2)", text)
     put(site / "_parts" / "figures.md", text)
+    put(site / "_parts" / "main_table.md", main_table())
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

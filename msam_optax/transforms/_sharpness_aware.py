@@ -150,9 +150,12 @@ def initial_state(
 ) -> SharpnessAwareState:
     """The state before the first ascent."""
     check_init(params)
-    zero = jnp.zeros([], statistics_dtype(params))
+    dtype = statistics_dtype(params)
+    # Two arrays and not one twice, or the state could not be donated.
     return SharpnessAwareState(
-        ascent_state=ascent.init(params), perturbation_norm=zero, sharpness=zero
+        ascent_state=ascent.init(params),
+        perturbation_norm=jnp.zeros([], dtype),
+        sharpness=jnp.zeros([], dtype),
     )
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.reports.main_table import MARKS, main_table
+
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "docs"
 PAGES = ["README.md", "CONTRIBUTING.md"]
@@ -37,3 +39,11 @@ def test_linked_files_exist(page):
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", path.read_text())
     missing = [target for target in targets if not (path.parent / target).exists()]
     assert not missing
+
+
+def test_readme_has_the_committed_table_of_the_main_job():
+    assert MARKS.findall((ROOT / "README.md").read_text()) == [f"\n{main_table()}\n"]
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
