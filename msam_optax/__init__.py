@@ -12,6 +12,7 @@ from msam_optax import combine as combine
 from msam_optax import flax as flax
 from msam_optax import policies as policies
 from msam_optax import sharpness as sharpness
+from msam_optax._base.weighted import WeightedMean as WeightedMean
 from msam_optax.ascents._schedules import hold_then_decay as hold_then_decay
 from msam_optax.ascents._schedules import (
     rho_like_learning_rate as rho_like_learning_rate,
@@ -37,10 +38,12 @@ from msam_optax.training import LossFn as LossFn
 from msam_optax.training import LossScaleState as LossScaleState
 from msam_optax.training import LossScaling as LossScaling
 from msam_optax.training import LoweredStep as LoweredStep
+from msam_optax.training import PerturbationMetrics as PerturbationMetrics
 from msam_optax.training import StepMetrics as StepMetrics
 from msam_optax.training import TrainState as TrainState
 from msam_optax.training import TrainStep as TrainStep
 from msam_optax.training import make_train_step as make_train_step
+from msam_optax.training import step_metrics as step_metrics
 from msam_optax.transforms import DecoupledSharpnessState as DecoupledSharpnessState
 from msam_optax.transforms import EmployState as EmployState
 from msam_optax.transforms import MomentumFn as MomentumFn
@@ -75,12 +78,14 @@ __all__ = [
     "MomentumFn",
     "MomentumPerturbationState",
     "Otherwise",
+    "PerturbationMetrics",
     "RememberedGradientState",
     "SharpnessAwareState",
     "StepMetrics",
     "StoredPerturbationState",
     "TrainState",
     "TrainStep",
+    "WeightedMean",
     "adamw_msam",
     "ae_looksam",
     "ae_sam",
@@ -113,6 +118,7 @@ __all__ = [
     "sharpness",
     "sharpness_aware_gradient",
     "ss_sam",
+    "step_metrics",
     "wsam",
 ]
 

@@ -4,7 +4,9 @@ from msam_optax.training._dispatch import Dispatch as Dispatch
 from msam_optax.training._gradients import LossFn as LossFn
 from msam_optax.training._loss_scaling import LossScaleState as LossScaleState
 from msam_optax.training._loss_scaling import LossScaling as LossScaling
+from msam_optax.training._metrics import PerturbationMetrics as PerturbationMetrics
 from msam_optax.training._metrics import StepMetrics as StepMetrics
+from msam_optax.training._metrics import step_metrics as step_metrics
 from msam_optax.training._state import TrainState as TrainState
 from msam_optax.training._step import CompiledStep as CompiledStep
 from msam_optax.training._step import LoweredStep as LoweredStep
@@ -18,8 +20,10 @@ __all__ = [
     "LossScaleState",
     "LossScaling",
     "LoweredStep",
+    "PerturbationMetrics",
     "StepMetrics",
     "TrainState",
     "TrainStep",
     "make_train_step",
+    "step_metrics",
 ]

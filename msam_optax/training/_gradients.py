@@ -7,20 +7,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from msam_optax._base.weighted import WeightedMean, divided, is_weighted, mean_of
 from msam_optax.training._loss_scaling import LossScaling, scaled_backward
 from msam_optax.training._microbatches import microbatched
 from msam_optax.training._state import TrainState
 
 # loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux)), where loss is
-# a scalar or one loss for each example
-LossFn = Callable[[Any, Any, Any, Any], tuple[jax.Array, tuple[Any, Any]]]
+# a scalar, one loss for each example, or a mean that knows its weights
+LossFn = Callable[[Any, Any, Any, Any], tuple[jax.Array | WeightedMean, Any]]
 
 
 class CleanPass(NamedTuple):
-    """Results of the first gradient: that on the batch at the parameters as given."""
+    """Results of the first gradient: that on the batch at the parameters as given.
+
+    ``losses`` are those of the examples, None where the loss knows its own weights.
+    """
 
     loss: jax.Array
-    losses: jax.Array
+    losses: jax.Array | None
     model_state: Any
     aux: Any
     grads: optax.Updates
@@ -50,10 +54,11 @@ class Gradients:
     ) -> dict[str, Any]:
         """What an optimizer may ask for, once the clean gradient is there."""
 
-        def grad_fn(params):
-            return self._value_and_grad(
+        def value_and_grad_fn(params):
+            (loss, _), gradient = self._value_and_grad(
                 params, state.model_state, state.loss_scale, batch, key
-            )[1]
+            )
+            return loss, gradient
 
         def per_example_loss_fn(params, indices=None):
             samples = batch
@@ -63,8 +68,11 @@ class Gradients:
             return losses(params, state.model_state, samples, key)[0]
 
         return {
-            "grad_fn": grad_fn,
+            "grad_fn": lambda params: value_and_grad_fn(params)[1],
+            "value_and_grad_fn": value_and_grad_fn,
             "value": clean.loss,
+            "clean_grad": clean.grads,
+            "all_params": state.params,
             "per_example_losses": clean.losses,
             "per_example_loss_fn": per_example_loss_fn,
         }
@@ -77,8 +85,11 @@ class Gradients:
 
     def _mean_and_grad(self, params, model_state, loss_scale, batch, key):
         def mean_loss(params):
-            losses, others = self._losses(loss_scale)(params, model_state, batch, key)
-            return jnp.mean(losses), (losses, others)
+            losses, (model_state_after, aux) = self._losses(loss_scale)(
+                params, model_state, batch, key
+            )
+            by_example = None if is_weighted(losses) else losses
+            return mean_of(losses), (by_example, (model_state_after, divided(aux)))
 
         return jax.value_and_grad(mean_loss, has_aux=True)(params)
 
@@ -121,4 +132,5 @@ def _described(result: Any) -> str:
 
 
 def _is_pair(x: Any) -> bool:
-    return isinstance(x, tuple) and len(x) == 2
+    # A weighted mean alone is no pair of a loss and something else.
+    return isinstance(x, tuple) and len(x) == 2 and not is_weighted(x)

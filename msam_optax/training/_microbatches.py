@@ -1,8 +1,9 @@
 r"""Gradients of batches too large for the memory, micro-batch by micro-batch.
 
-With :math:`B = B_1 \cup \dots \cup B_k` of equal size,
-:math:`\nabla L_B = \frac1k \sum_i \nabla L_{B_i}`: each gradient is added to the sum
-before the next micro-batch begins, so only one micro-batch's activations are kept.
+With :math:`B = B_1 \cup \dots \cup B_k` of equal weight,
+:math:`\nabla L_B = \frac1k \sum_i \nabla L_{B_i}`, else :math:`\nabla L_B = \sum_i
+w_i \nabla L_{B_i} / \sum_i w_i`. Each gradient is added to the sum before the next
+micro-batch begins, so only one micro-batch's activations are kept.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+
+from msam_optax._base.numerics import safe_divide
+from msam_optax._base.weighted import divided, is_weighted, mean_of, summed
 
 
 def microbatched(loss_fn: Callable[..., Any], microbatches: int) -> Callable[..., Any]:
@@ -24,11 +29,12 @@ def microbatched(loss_fn: Callable[..., Any], microbatches: int) -> Callable[...
     them, each of which starts from the step's: batch norm's running average moves as
     far as with the large batch, by the mean of the micro-batches' statistics. What has
     no average, counters and keys, goes on from one micro-batch to the next. The
-    auxiliary outputs are averaged as well.
+    auxiliary outputs are averaged as well, each `WeightedMean` by its weights.
 
     Args:
       loss_fn: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state,
-        aux))``; one loss for each example is averaged.
+        aux))``; one loss for each example is averaged, all with the same weight. With
+        a `WeightedMean` the parts count by theirs.
       microbatches: number of micro-batches; divides the batch's first axis.
 
     Returns:
@@ -38,16 +44,23 @@ def microbatched(loss_fn: Callable[..., Any], microbatches: int) -> Callable[...
 
     def one(params, model_state, batch, key):
         losses, (model_state, aux) = loss_fn(params, model_state, batch, key)
-        return jnp.mean(losses), (model_state, aux)
+        weight = losses.summed().weight if is_weighted(losses) else None
+        return mean_of(losses), (weight, model_state, summed(aux))
 
     def over_microbatches(function, model_state, batch, key):
-        """Averages (values, model state) of function(model state, part, its key)."""
+        """Averages (means, aux, model state) of function(model state, part, its key).
+
+        Which also returns the weight of the part's means, None for equal ones.
+        """
         parts = _parts(batch, microbatches)
 
         def at(index, state):
             part = jax.tree.map(lambda x: x[:, index], parts)
             part_key = None if key is None else jax.random.fold_in(key, index)
-            return function(state, part, part_key)
+            means, weight, aux, state = function(state, part, part_key)
+            if weight is not None:
+                means = jax.tree.map(lambda x: weight * x, means)
+            return (means, weight, aux), state
 
         def add(index, total):
             _, latest = total
@@ -65,28 +78,33 @@ def microbatched(loss_fn: Callable[..., Any], microbatches: int) -> Callable[...
         shapes = jax.eval_shape(at, 0, model_state)
         first = jax.tree.map(_zero, shapes[0]), jax.tree.map(_zero, model_state)
         total = jax.lax.fori_loop(0, microbatches, add, first)
-        return jax.tree.map(lambda t, x: t.astype(x.dtype), total, shapes)
+        (means, weight, aux), state = jax.tree.map(
+            lambda t, x: t.astype(x.dtype), total, shapes
+        )
+        if weight is not None:
+            means = jax.tree.map(lambda x: safe_divide(x, weight), means)
+        return means, divided(aux), state
 
     @jax.custom_vjp
     def averaged(params, model_state, batch, key):
         def value(*args):
-            loss, (state, aux) = one(params, *args)
-            return (loss, aux), state
+            loss, (weight, state, aux) = one(params, *args)
+            return loss, weight, aux, state
 
-        (loss, aux), state = over_microbatches(value, model_state, batch, key)
+        loss, aux, state = over_microbatches(value, model_state, batch, key)
         return loss, (state, aux)
 
     def forward(params, model_state, batch, key):
         value_and_grad = partial(jax.value_and_grad(one, has_aux=True), params)
 
         def values(*args):
-            (loss, (state, aux)), gradient = value_and_grad(*args)
-            return (loss, aux, gradient), state
+            (loss, (weight, state, aux)), gradient = value_and_grad(*args)
+            return (loss, gradient), weight, aux, state
 
-        (loss, aux, gradient), state = over_microbatches(
+        (loss, gradient), aux, state = over_microbatches(
             values, model_state, batch, key
         )
-        return (loss, (state, aux)), gradient
+        return (loss, (state, aux)), optax.tree.cast_like(gradient, params)
 
     def backward(gradient, cotangents):
         by_loss, _ = cotangents

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from msam_optax._base.hyperparams import check_integer, check_transformation
-from msam_optax.training._checks import check_state
+from msam_optax.training._checks import check_state, diagnose
 from msam_optax.training._dispatch import Dispatch, Dispatcher
 from msam_optax.training._gradients import Gradients, LossFn
 from msam_optax.training._loss_scaling import LossScaling, all_finite, stay_finite
-from msam_optax.training._metrics import StepMetrics, step_metrics
+from msam_optax.training._metrics import StepMetrics, metrics_of
 from msam_optax.training._state import TrainState
 from msam_optax.transforms._employ import EmployState
 from msam_optax.transforms._find_momentum import find_states
@@ -47,6 +47,7 @@ class TrainStep:
         """Takes what `make_train_step` has checked."""
         self._gradients = gradients
         self._optimizer = optimizer
+        self._donate = donate
         self._loss_scaling = loss_scaling
         self._dispatcher = Dispatcher(dispatch, gradients.jaxpr)
         donated = (0,) if donate else ()
@@ -69,10 +70,18 @@ class TrainStep:
         Returns:
           The next state, and what the step tells.
         """
-        if self.dispatch(state, batch, key).where == "in_graph":
-            return self._in_graph(state, batch, key)
-        clean, employed = self._first_half(state, batch, key)
-        return self._second_half(state, clean, batch, key, employed=bool(employed))
+        try:
+            if self.dispatch(state, batch, key).where == "in_graph":
+                return self._in_graph(state, batch, key)
+            clean, employed = self._first_half(state, batch, key)
+            return self._second_half(state, clean, batch, key, employed=bool(employed))
+        except Exception as error:
+            self._dispatcher.forget()
+            check_state(self._loss_scaling, state)
+            why = diagnose(self._optimizer, self._donate, state, batch, key)
+            if why is None:
+                raise
+            raise ValueError(why) from error
 
     def dispatch(self, state: TrainState, batch: Any, key: Any) -> Dispatch:
         """How a step with these arguments is dispatched, and why.
@@ -141,7 +150,7 @@ class TrainStep:
             kept = jax.tree.map(partial(jnp.where, finite), new_state, state)
             loss_scale = self._loss_scaling.adjust(state.loss_scale, finite)
             new_state = kept._replace(loss_scale=loss_scale)
-        return new_state, step_metrics(new_state, clean, skipped=~finite)
+        return new_state, metrics_of(new_state, clean, skipped=~finite)
 
 
 class LoweredStep(NamedTuple):
@@ -206,14 +215,14 @@ def make_train_step(
 
     Args:
       loss_fn: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state,
-        aux))``; aux is any tree of arrays. The loss is a scalar, or an array of one
-        loss for each example, whose mean is trained on; methods that select samples
-        (:func:`msam_optax.esam`) need the latter, and the examples along the first
-        axis of all of the batch. ``msam_optax.flax.linen.linen_loss`` makes a loss
-        function of a Linen module.
-      optimizer: any Optax optimizer. It receives ``grad_fn``, ``value`` and, for
-        methods that select samples, ``per_example_losses`` and ``per_example_loss_fn``
-        as extra arguments.
+        aux))``; aux is any tree of arrays. The loss is a scalar; an array of one loss
+        for each example, whose mean is trained on; or a :class:`WeightedMean`, which
+        aux may hold as well. Methods that select samples (:func:`msam_optax.esam`) need
+        one for each example, and the examples along the first axis of all of the batch.
+        ``msam_optax.flax.linen.linen_loss`` makes a loss function of a Linen module.
+      optimizer: any Optax optimizer. It receives ``grad_fn``, ``value_and_grad_fn``,
+        ``value``, ``clean_grad``, ``all_params`` and, for methods that select samples,
+        ``per_example_losses`` and ``per_example_loss_fn`` as extra arguments.
       dispatch: "in_graph", "host", or "auto": from the host where the parameters are
         on CPU, the loss holds a convolution and the step is not itself traced; in graph
         elsewhere. :meth:`TrainStep.dispatch` tells which it is.
@@ -225,12 +234,15 @@ def make_train_step(
       microbatches: takes each gradient of the batch in so many parts, one after the
         other: activations need the memory of one part, and a tree like the parameters
         more. **There is one epsilon for the whole batch**, and the step equals that of
-        the large batch. Batch norm normalises within each part. The loss is averaged,
-        so methods that select samples can't be used. XLA for CPU runs a convolution's
-        gradient many times slower in a loop, as this is. For one epsilon for each part
-        (m-sharpness), hand the step one micro-batch after the other instead, and let
-        Optax accumulate behind the ascent: ``optax.chain(sharpness_aware_gradient(
-        ascent), optax.MultiSteps(optimizer, k).gradient_transformation())``.
+        the large batch, **if the parts' means count alike**: a mean over what a batch
+        holds unequally many of, tokens that are not padding for instance, must be
+        returned as a :class:`WeightedMean`. Batch norm normalises within each part. The
+        loss is averaged, so methods that select samples can't be used. XLA for CPU
+        runs a convolution's gradient many times slower in a loop, as this is. For one
+        epsilon for each part (m-sharpness), hand the step one micro-batch after the
+        other instead, and let Optax accumulate behind the ascent:
+        ``optax.chain(sharpness_aware_gradient(ascent), optax.MultiSteps(optimizer,
+        k).gradient_transformation())``.
 
     Returns:
       A :class:`TrainStep`, ``step(state, batch, key) -> (state, metrics)`` with a
@@ -240,7 +252,8 @@ def make_train_step(
     Raises:
       ValueError: if dispatch is none of the three, or is "host" where the step is
         traced or the optimizer employs in several places; if microbatches is not a
-        positive integer that divides the batch.
+        positive integer that divides the batch; by the step, if its state was given
+        before, holds an array twice, or is not that of the optimizer.
 
     >>> import jax, jax.numpy as jnp, msam_optax, optax
     >>> def loss_fn(params, model_state, batch, key):
@@ -257,6 +270,10 @@ def make_train_step(
     if dispatch not in ("auto", "in_graph", "host"):
         raise ValueError(
             f'dispatch must be "auto", "in_graph" or "host", not {dispatch!r}.'
+        )
+    if isinstance(loss_fn, optax.GradientTransformation) and callable(optimizer):
+        raise ValueError(
+            "make_train_step(loss_fn, optimizer) was given the optimizer first."
         )
     optimizer = check_transformation("optimizer", optimizer)
     if not callable(loss_fn):
