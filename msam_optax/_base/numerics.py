@@ -5,9 +5,13 @@ guards stand inside these, never behind them. XLA takes a select, a comparison o
 addition for cheap and computes it again in every fusion that uses its result, and with
 it the chain of additions over all tensors that it depends on: n tensors times n
 additions to compile and to run. What is not cheap is computed once.
+
+**What is done to each leaf is jitted inline**: it is traced once for each shape and
+then copied, in a third of the time of tracing its operations one by one. The program is
+the same.
 """
 
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -37,9 +41,13 @@ def sum_of_squares(tree: Any) -> jax.Array:
     the squares of a thousand entries of 100 add up to infinity, and so they do in
     `optax.tree.norm` and `optax.tree.vdot`, which sum in each leaf's own dtype.
     """
-    dtype = statistics_dtype(tree)
-    squares = (jnp.sum(jnp.square(x.astype(dtype))) for x in _arrays(tree))
-    return sum(squares, start=jnp.zeros([], dtype))
+    zero = jnp.zeros([], statistics_dtype(tree))
+    return reduce(_add_square, jax.tree.leaves(tree), zero)
+
+
+@partial(jax.jit, inline=True)
+def _add_square(total, x):
+    return total + jnp.sum(jnp.square(x.astype(total.dtype)))
 
 
 @jax.custom_jvp
@@ -68,31 +76,39 @@ def safe_divide(numerator: Any, denominator: jax.Array) -> jax.Array:
 
 def scale(factor: Any, tree: Any) -> Any:
     """factor · tree, each product formed in the wider dtype, then cast back."""
-    return jax.tree.map(lambda x: (factor * x).astype(jnp.result_type(x)), tree)
+    return jax.tree.map(partial(_scaled, factor), tree)
+
+
+@partial(jax.jit, inline=True)
+def _scaled(factor, x):
+    return (factor * x).astype(jnp.result_type(x))
 
 
 def add_scaled(tree: Any, factor: Any, other: Any) -> Any:
     """tree + factor · other, each leaf formed in the wider dtype, then cast back."""
-    return jax.tree.map(
-        lambda x, y: (x + factor * y).astype(jnp.result_type(x)), tree, other
-    )
+    return jax.tree.map(lambda x, y: plus_scaled(x, factor, y), tree, other)
+
+
+@partial(jax.jit, inline=True)
+def plus_scaled(x: jax.Array, factor: Any, y: jax.Array) -> jax.Array:
+    """One leaf of `add_scaled`."""
+    return (x + factor * y).astype(jnp.result_type(x))
 
 
 def vdot(tree: Any, other: Any) -> jax.Array:
     """Inner product over all leaves together, in `statistics_dtype`."""
-    dtype = statistics_dtype((tree, other))
-    products = (
-        jnp.sum(x.astype(dtype) * y.astype(dtype))
-        for x, y in zip(_arrays(tree), _arrays(other), strict=True)
-    )
-    return sum(products, start=jnp.zeros([], dtype))
+    total = jnp.zeros([], statistics_dtype((tree, other)))
+    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        total = _add_product(total, x, y)
+    return total
+
+
+@partial(jax.jit, inline=True)
+def _add_product(total, x, y):
+    return total + jnp.sum(x.astype(total.dtype) * y.astype(total.dtype))
 
 
 def orthogonal_part(tree: Any, to: Any) -> Any:
     """tree less its projection on `to`, over all leaves together."""
     share = safe_divide(vdot(tree, to), sum_of_squares(to))
     return add_scaled(tree, -share, to)
-
-
-def _arrays(tree: Any) -> list[jax.Array]:
-    return [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]

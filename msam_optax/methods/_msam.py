@@ -1,7 +1,9 @@
 """MSAM as drop-in replacements of SGD and AdamW, in their fast form."""
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -165,9 +167,12 @@ def _previous(decay: Any, gain: Any):
     if known is None or known < 0.1:
         return None
 
-    def previous(new_momentum, update, momentum):
-        if jnp.finfo(new_momentum.dtype).bits < 32:
+    @functools.partial(jax.jit, inline=True)
+    def previous(update, momentum):
+        if jnp.finfo(momentum.dtype).bits < 32:
             return momentum
+        # As Optax computes it, so that XLA merges the two.
+        new_momentum = (gain * update + decay * momentum).astype(momentum.dtype)
         return ((new_momentum - gain * update) / decay).astype(momentum.dtype)
 
     return previous

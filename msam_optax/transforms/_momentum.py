@@ -15,6 +15,7 @@ The state keeps the scale :math:`s_{t+1}` that was applied: with it and the mome
 perturbation can be taken away exactly, whatever rho does meanwhile.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -162,10 +163,11 @@ def scaled_momentum_perturbation(
     Args:
       inner: the whole base optimizer.
       rho: length of the perturbation.
-      previous: ``previous(new_momentum, update, momentum) -> momentum``, leaf by leaf:
-        the recursion of the momentum solved for the old one. The update w~' - w~ =
-        s v + u - s' v' waits for the norm of the new momentum v'. With the old momentum
-        v computed from v', XLA may write v' over v meanwhile, instead of keeping both.
+      previous: ``previous(update, momentum) -> momentum``, leaf by leaf: the old
+        momentum by way of the new one, of which the recursion is solved for the old.
+        The update w~' - w~ = s v + u - s' v' waits for the norm of the new momentum
+        v'. With v computed from v', XLA may write v' over v meanwhile, instead of
+        keeping both.
     """
     check_scalar_or_schedule("rho", rho)
     inner = check_transformation("inner", inner)
@@ -188,11 +190,7 @@ def scaled_momentum_perturbation(
         check_params(_MOVES, params)
         momentum = find_momentum(state.inner_state, params)
         if previous is not None:
-            # The same computation as in the second call below: XLA merges the two.
-            _, ahead = inner.update(updates, state.inner_state, params, **extra_args)
-            momentum = jax.tree.map(
-                previous, find_momentum(ahead, params), updates, momentum
-            )
+            momentum = jax.tree.map(previous, updates, momentum)
         clean = add_momentum(params, momentum, state.scale)
         inner_updates, inner_state = inner.update(
             updates, state.inner_state, clean, **extra_args
@@ -201,7 +199,7 @@ def scaled_momentum_perturbation(
         radius, rho_state = read_schedule(rho, state.rho_state, extra_args)
         scale = safe_divide(radius, global_norm(new_momentum)).astype(state.scale.dtype)
         new_updates = jax.tree.map(
-            lambda u, v, new_v: (state.scale * v + u - scale * new_v).astype(u.dtype),
+            functools.partial(_moved, state.scale, scale),
             inner_updates,
             momentum,
             new_momentum,
@@ -209,6 +207,11 @@ def scaled_momentum_perturbation(
         return new_updates, MomentumPerturbationState(inner_state, scale, rho_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@functools.partial(jax.jit, inline=True)
+def _moved(scale, new_scale, update, momentum, new_momentum):
+    return (scale * momentum + update - new_scale * new_momentum).astype(update.dtype)
 
 
 def _stored_perturbation(
