@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,11 @@ from benchmarks.costs.methods import (
     CPU_BARS,
     METHODS,
     NO_BARS,
+    TIMED,
     Bars,
     Method,
 )
+from benchmarks.costs.programs import Program, compile_program
 from benchmarks.reports import report, tables
 from benchmarks.reports.step_costs import (
     Measured,
@@ -49,43 +51,7 @@ _WARM_UP_STEPS = 5
 _PARAMETERS = {"quick": 10_000, "cpu": 30_000_000, "full": 100_000_000}
 _UPDATE_ROUNDS = {"quick": 2, "cpu": 30, "full": 100}
 _TENSORS = 10
-_UPDATES = tuple(name for name, method in METHODS.items() if method.update_alone)
-
-
-class Program(NamedTuple):
-    """A compiled program.
-
-    Attributes:
-      trace_seconds: for tracing and lowering.
-      compile_seconds: in XLA.
-      temporary_bytes: over its arguments and results.
-      argument_bytes: of its arguments.
-      flops: as XLA counts them; of a conditional the dearest branch.
-      accessed_bytes: what its instructions read and write, as XLA counts them.
-    """
-
-    trace_seconds: float
-    compile_seconds: float
-    temporary_bytes: int
-    argument_bytes: int
-    flops: float
-    accessed_bytes: float
-
-
-def compile_program(lowered: jax.stages.Lowered, trace_seconds: float) -> Program:
-    """Compiles a function that was lowered, whose calls then find it compiled."""
-    start = time.perf_counter()
-    compiled = lowered.compile()
-    end = time.perf_counter()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    return Program(
-        trace_seconds=trace_seconds,
-        compile_seconds=end - start,
-        temporary_bytes=memory.temp_size_in_bytes,
-        argument_bytes=memory.argument_size_in_bytes,
-        flops=cost.get("flops", 0.0),
-        accessed_bytes=cost.get("bytes accessed", 0.0),
-    )
+_UPDATES = tuple(name for name in TIMED if METHODS[name].update_alone)
 
 
 class Trial:
@@ -141,11 +107,11 @@ class Trial:
 
 
 def _compiled(step: msam_optax.TrainStep, *args: Any) -> dict[str, Program]:
-    start = time.perf_counter()
+    start = time.process_time()
     programs = step.lower(*args).programs
-    seconds = (time.perf_counter() - start) / len(programs)
+    seconds = (time.process_time() - start) / len(programs)
     return {
-        name: compile_program(lowered, seconds) for name, lowered in programs.items()
+        name: compile_program(lowered, seconds)[0] for name, lowered in programs.items()
     }
 
 
@@ -161,7 +127,7 @@ def _flops(programs: dict[str, Program]) -> tuple[float, float]:
 def measure_steps(
     workload: workloads.Workload,
     progress: Callable[[str], None],
-    names: Sequence[str] = tuple(METHODS),
+    names: Sequence[str] = TIMED,
 ) -> list[StepCost]:
     """Compiles and times the whole training step of optimizers and their bases."""
     problem = workloads.problem(workload)
@@ -267,7 +233,7 @@ def _update(
     jitted = jax.jit(update, donate_argnums=(0, 1))
     params = jax.tree.map(jnp.copy, grads)
     state = tx.init(params)
-    program = compile_program(jitted.lower(params, state, grads), 0.0)
+    program, _ = compile_program(jitted.lower(params, state, grads), 0.0)
 
     def turn():
         nonlocal params, state

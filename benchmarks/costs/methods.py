@@ -31,6 +31,7 @@ class Method(NamedTuple):
         for an optimizer that employs.
       calls: how many calls of the training step make one step of the method.
       update_alone: whether its update can be had without a model.
+      timed: whether `step_cost.py` trains with it; the others are compiled only.
     """
 
     build: Callable[[int], optax.GradientTransformation]
@@ -38,6 +39,7 @@ class Method(NamedTuple):
     extra_gradients: float = 0.0
     calls: int = 1
     update_alone: bool = True
+    timed: bool = True
 
 
 def _sgd(nesterov: bool = False) -> optax.GradientTransformation:
@@ -72,6 +74,11 @@ def _optax_sam(opaque: bool) -> optax.GradientTransformationExtraArgs:
         return tx.update(updates, state, params, grad_fn=lambda p, _: grad_fn(p))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _around_sgd(method: Callable[..., optax.GradientTransformation]) -> Method:
+    """A method of SAM's family that is compiled only."""
+    return Method(lambda _: method(_sgd(), _SAM_RHO), "sgd", 1.0, timed=False)
 
 
 METHODS: dict[str, Method] = {
@@ -111,7 +118,23 @@ METHODS: dict[str, Method] = {
         ),
         "adamw",
     ),
+    **{
+        method.__name__: _around_sgd(method)
+        for method in (
+            *(msam_optax.asam, msam_optax.fisher_sam, msam_optax.friendly_sam),
+            *(msam_optax.gsam, msam_optax.gradient_norm_penalty, msam_optax.ss_sam),
+            msam_optax.wsam,
+        )
+    },
+    "ae_looksam": Method(
+        lambda steps: msam_optax.ae_looksam(_sgd(), _SAM_RHO, steps),
+        "sgd",
+        1.0,
+        timed=False,
+    ),
 }
+# What `step_cost.py` measures
+TIMED = tuple(name for name, method in METHODS.items() if method.timed)
 
 
 class Bars(NamedTuple):

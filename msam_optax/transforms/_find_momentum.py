@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from msam_optax._base.numerics import plus_scaled
+
 # Where Optax's states keep the running sum or mean of gradients: TraceState.trace and
 # ScaleByAdamState.mu, ScaleByLionState.mu, MuonState.mu, ...
 MOMENTUM_FIELDS = ("trace", "mu")
@@ -157,7 +159,7 @@ def _candidates(
 def add_momentum(params: optax.Params, momentum: Any, factor: Any) -> optax.Params:
     """params + factor momentum in the parameters' dtypes; what it masks out stays."""
     return jax.tree.map(
-        lambda x, p: p if left_out(x) else (p + factor * x).astype(jnp.result_type(p)),
+        lambda x, p: p if left_out(x) else plus_scaled(p, factor, x),
         momentum,
         params,
         is_leaf=left_out,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import scaling, step_cost
-from benchmarks.costs import timing
-from benchmarks.costs.methods import METHODS
+from benchmarks.costs import growth, networks, sharding, timing
+from benchmarks.costs.methods import TIMED
 from benchmarks.costs.timing import Sample
 
 
@@ -49,9 +49,9 @@ def test_quick_step_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     result = json.loads((tmp_path / "results.json").read_text())
     steps = {cost["name"]: cost for cost in result["steps"]}
-    assert list(steps) == list(METHODS)
+    assert list(steps) == list(TIMED)
     markdown = (tmp_path / "table.md").read_text()
-    for name in METHODS:
+    for name in TIMED:
         assert name in out and f"| {name} |" in markdown
     assert result["command"].startswith("python benchmarks/step_cost.py --quick")
     assert result["command"] in markdown
@@ -66,25 +66,55 @@ def test_quick_step_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert steps["sam"]["gradients"] == 2
     assert steps["ae_sam, never employed"]["gradients"] == 1
     assert steps["optax.contrib.sam, transparent"]["gradients"] == 2
-    assert {cost["name"] for cost in result["updates"]} < set(METHODS)
+    assert {cost["name"] for cost in result["updates"]} < set(TIMED)
     assert (tmp_path / "ratios.png").stat().st_size > 0
 
 
 def test_quick_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert scaling.main(["--quick", "--out", str(tmp_path)]) == 0
-    assert "Collectives of a step" in capsys.readouterr().out
-    result = json.loads((tmp_path / "results.json").read_text())
+    parts = ["tensors", "devices"]
+    argv = [*parts, "--quick", "--out", str(tmp_path)]
+    assert scaling.main(argv) == 0
+    assert "Number of tensors" in capsys.readouterr().out
+    rows = {
+        part: [json.loads(line) for line in (tmp_path / f"{part}.jsonl").open()]
+        for part in parts
+    }
     all_reduced = {
-        (row["layout"], row["optimizer"]): row["collectives"]["all-reduce"]
-        for row in result["shardings"]
+        (row["layout"], row["method"]): row["all-reduce bytes / P"]
+        for row in rows["devices"]
     }
     assert all_reduced["data parallel", "sgd"] == 1
     assert all_reduced["data parallel", "msam"] == 1
     assert all_reduced["data parallel", "sam"] == 2
     assert all_reduced["m-sharpness", "sam"] == 1
-    assert {row["size"] for row in result["updates"]} == {10**5, 10**6}
-    assert (tmp_path / "table.md").is_file()
-    assert (tmp_path / "scaling.png").stat().st_size > 0
+    few, many = (
+        {row["method"]: row for row in rows["tensors"] if row["tensors"] == count}
+        for count in (4, 8)
+    )
+    assert few["sgd"]["instructions"] < many["sgd"]["instructions"]
+    assert few["sgd"]["instructions"] < few["sam"]["instructions"]
+    assert (tmp_path / "tensors.png").stat().st_size > 0
+    # What was measured is kept.
+    table = (tmp_path / "table.md").read_text()
+    assert scaling.main(argv) == 0
+    assert "tensors sgd 4" not in capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text() == table
+
+
+def test_a_gradient_is_a_temporary_of_the_parameters_size() -> None:
+    network = networks.chain(4, width=128)
+    sgd, sam = (
+        growth.compiled(name, network)[0].temporary_bytes / (4 * network.parameters)
+        for name in ("sgd", "sam")
+    )
+    assert 0.5 < sgd < 1.1
+    assert sgd < sam < 2.2
+
+
+def test_a_scanned_network_has_the_parameters_of_one_that_is_not() -> None:
+    plain, scanned = (networks.gpt(3, 8, scanned=s) for s in (False, True))
+    assert plain.parameters == scanned.parameters
+    assert plain.tensors > scanned.tensors
 
 
 def test_collectives_are_counted_in_tuples_and_without_scalars() -> None:
@@ -94,10 +124,10 @@ def test_collectives_are_counted_in_tuples_and_without_scalars() -> None:
   %all-gather = f32[8]{0} all-gather(%p), dimensions={0}
   %c = f32[8]{0} fusion(%all-gather), kind=kLoop
 """
-    found = scaling.collectives(program)
-    assert found["all-reduce"] == [4 * (32 + 4)]
-    assert found["all-gather"] == [4 * 8]
-    assert found["reduce-scatter"] == []
+    found = sharding.collectives(program)
+    assert found["all-reduce"] == ([4 * (32 + 4)], 1)
+    assert found["all-gather"] == ([4 * 8], 0)
+    assert found["reduce-scatter"] == ([], 0)
 
 
 @pytest.mark.parametrize(
