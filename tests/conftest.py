@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -16,6 +17,27 @@ if not hasattr(jax, "enable_x64"):  # new in JAX 0.8
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 )
+
+TESTS = Path(__file__).parent
+# Of all kinds, under 90 seconds together: `pytest -m fast`.
+FAST = [
+    "ascents/test_ascent.py",
+    "contract/test_extra_arguments.py",
+    "contract/test_lowering.py",
+    "contract/test_tracing.py",
+    "policies/test_policy.py",
+    "project/test_public_api.py",
+    "project/test_release.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    fast = {TESTS / path for path in FAST}
+    for path in fast:
+        assert path.exists(), f"{path} is in FAST, but not there"
+    for item in items:
+        if item.path in fast:
+            item.add_marker(pytest.mark.fast)
 
 
 @pytest.fixture
