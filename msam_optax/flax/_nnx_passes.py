@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from msam_optax.flax._nnx_captured import with_objects
+from msam_optax.flax._pure import as_pure
 from msam_optax.training._gradients import loss_and_aux
 
 # loss(model, batch, *others) -> (loss, aux)
@@ -38,7 +39,7 @@ def split(
     whole = (model, *(x for x in objects if x is not model))
     _take_out_sown(whole)
     graphdef, params, rest = _split(whole, wrt)
-    return Graph(whole, graphdef, wrt), params.get(0, nnx.State({})), nnx.as_pure(rest)
+    return Graph(whole, graphdef, wrt), params.get(0, nnx.State({})), as_pure(rest)
 
 
 def run(
@@ -48,8 +49,8 @@ def run(
 
     The pass runs on a copy, so that another one does not see what it changes.
     """
-    copy = nnx.merge(graph.graphdef, nnx.State({0: params}), rest, copy=True)
-    before = dict(nnx.to_flat_state(nnx.as_pure(nnx.state(copy))))
+    copy = nnx.merge(graph.graphdef, of_the_first(params), rest, copy=True)
+    before = dict(nnx.to_flat_state(as_pure(nnx.state(copy))))
     inside, batch, others = with_objects((loss, batch, others), graph.objects, copy)
     try:
         value, aux = loss_and_aux(inside(copy[0], batch, *others))
@@ -57,10 +58,16 @@ def run(
         raise ValueError(_UNKNOWN) from error
     _take_out_sown(copy)
     _, _, after = _split(copy, graph.wrt)
-    flat = nnx.to_flat_state(nnx.as_pure(after))
+    flat = nnx.to_flat_state(as_pure(after))
     _check_places([path for path, _ in nnx.to_flat_state(rest)], [p for p, _ in flat])
     changed = [(path, x) for path, x in flat if x is not before[path]]
     return value, (aux, nnx.from_flat_state(changed))
+
+
+def of_the_first(state: Any) -> nnx.State:
+    """A state of the first object as one of all of them."""
+    flat = nnx.to_flat_state(state)
+    return nnx.from_flat_state([((0, *path), x) for path, x in flat])
 
 
 def write(graph: Graph, changed: nnx.State) -> None:

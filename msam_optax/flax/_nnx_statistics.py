@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from msam_optax.flax._inputs import Inputs
+from msam_optax.flax._pure import as_pure
 from msam_optax.flax._recalibration import (
     check_batches,
     compiled_for,
@@ -67,8 +68,8 @@ def recalibrate_batch_stats(
     graphdef, statistics, streams, rest = _split(training, arrays)
     new = take_anew(
         partial(compiled_for(_pass, graphdef, static), rest),
-        nnx.as_pure(statistics),
-        nnx.as_pure(streams),
+        as_pure(statistics),
+        as_pure(streams),
         (Inputs.of(b if inputs is None else inputs(b)) for b in batches),
     )
     nnx.update((model,), new)
@@ -89,4 +90,4 @@ def _pass(
     model, arrays = nnx.merge(graphdef, statistics, streams, rest, copy=True)
     outputs = model(*inputs.args, **inputs.kwargs, **arrays, **dict(static))
     _, statistics, streams, _ = _split(model, arrays)
-    return fingerprint(outputs), nnx.as_pure(statistics), nnx.as_pure(streams)
+    return fingerprint(outputs), as_pure(statistics), as_pure(streams)

@@ -22,6 +22,7 @@ from msam_optax.flax._inputs import Inputs
 from msam_optax.flax._nnx_captured import objects_in
 from msam_optax.flax._nnx_passes import NNXLoss
 from msam_optax.flax._nnx_statistics import recalibrate_batch_stats
+from msam_optax.flax._pure import as_pure
 from msam_optax.training._gradients import LossFn
 from msam_optax.training._state import TrainState
 from msam_optax.transforms._eval_params import eval_params
@@ -82,7 +83,7 @@ def nnx_loss(model: nnx.Module, loss: NNXLoss, *others: Any) -> LossFn:
 
     def loss_fn(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
         del key
-        rest = model_state if objects else nnx.State({0: model_state})
+        rest = model_state if objects else passes.of_the_first(model_state)
         value, (aux, changed) = passes.run(graph, params, rest, loss, batch, others)
         flat = dict(nnx.to_flat_state(rest)) | dict(nnx.to_flat_state(changed))
         rest = nnx.from_flat_state(list(flat.items()))
@@ -107,7 +108,7 @@ def init_nnx(
     """
     objects = objects_in(others)
     _, params, rest = passes.split(model, objects, nnx.Param)
-    params, rest = jax.tree.map(jnp.copy, (nnx.as_pure(params), rest))
+    params, rest = jax.tree.map(jnp.copy, (as_pure(params), rest))
     model_state = rest if objects else _of_first(rest)
     return TrainState(params, optimizer.init(params), model_state)
 
@@ -168,7 +169,7 @@ def nnx_update(
         return passes.run(graph, params, rest, loss, batch, others)
 
     def grad_fn(params: Any) -> Any:
-        return nnx.as_pure(jax.grad(loss_at, has_aux=True)(params)[0])
+        return as_pure(jax.grad(loss_at, has_aux=True)(params)[0])
 
     (value, (aux, changed)), grads = jax.value_and_grad(loss_at, has_aux=True)(params)
     with _handing_on(optimizer, grad_fn=grad_fn, value=value):
@@ -195,8 +196,8 @@ def eval_model(model: Module, optimizer: nnx.Optimizer) -> Module:
     """
     _check_optimizer(optimizer)
     copy = _copy(model)
-    params = nnx.as_pure(nnx.state(copy, optimizer.wrt))
-    nnx.update(copy, eval_params(nnx.as_pure(optimizer.opt_state), params))
+    params = as_pure(nnx.state(copy, optimizer.wrt))
+    nnx.update(copy, eval_params(as_pure(optimizer.opt_state), params))
     return copy
 
 

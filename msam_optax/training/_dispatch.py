@@ -9,11 +9,16 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-from jax.extend.core import Jaxpr, get_opaque_trace_state, subjaxprs
+from jax.extend.core import Jaxpr
 
 from msam_optax.training._state import TrainState
 from msam_optax.transforms._employ import EmployState
 from msam_optax.transforms._find_momentum import find_states
+
+try:
+    from jax.extend.core import get_opaque_trace_state, subjaxprs
+except ImportError:  # JAX 0.6
+    from jax.core import get_opaque_trace_state, subjaxprs
 
 
 class Dispatch(NamedTuple):
