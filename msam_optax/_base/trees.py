@@ -36,9 +36,12 @@ def check_init(params: Any) -> None:
 
 
 def _holds_state(tree: Any) -> bool:
-    module = type(tree).__module__
-    if module.startswith(("optax.", "msam_optax.")) and not is_masked(tree):
-        return hasattr(tree, "_fields")
+    if isinstance(tree, optax.GradientTransformation):
+        return True
+    kind = type(tree)
+    theirs = kind.__module__.startswith(("optax.", "msam_optax."))
+    if theirs and hasattr(kind, "_fields"):
+        return kind.__name__.endswith("State")
     children = jax.tree.leaves(tree, is_leaf=lambda x: x is not tree)
     return any(_holds_state(child) for child in children if child is not tree)
 

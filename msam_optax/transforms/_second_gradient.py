@@ -85,6 +85,13 @@ def whole_params(
     """
     everything = extra_args.get("all_params")
     if not any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
+        if everything is not None and not is_like(params, shapes_like(everything)):
+            raise ValueError(
+                "The parameters arrive in another form than they have, and the loss "
+                "can't be asked for them: optax.flatten, split_real_and_imaginary or "
+                "lookahead stands around. Put it inside, "
+                "sam(optax.flatten(optimizer)), if it can be."
+            )
         return lambda params: params
     if everything is None:
         raise ValueError(
@@ -151,8 +158,9 @@ def _missing(name: str | None, given: Any) -> str:
         "update(updates, state, params, grad_fn=jax.grad(loss)) with the loss of the "
         "same batch and random key. make_train_step does it by itself. Flax's own "
         "TrainState.apply_gradients and nnx.Optimizer.update do not: use "
-        "msam_optax.flax.linen.LinenTrainState and msam_optax.flax.nnx.nnx_update. A "
-        "loop that is not yours may give value_fn, a function from params to the loss."
+        "msam_optax.flax.linen.LinenTrainState and msam_optax.flax.nnx.nnx_update. Nor "
+        "do wrappers that hand no extra arguments on, optax.lookahead for one. A loop "
+        "that is not yours may give value_fn, a function from params to the loss."
     )
 
 
