@@ -44,6 +44,7 @@ from msam_optax.training import TrainState as TrainState
 from msam_optax.training import TrainStep as TrainStep
 from msam_optax.training import make_train_step as make_train_step
 from msam_optax.training import step_metrics as step_metrics
+from msam_optax.transforms import AlternatingAscentState as AlternatingAscentState
 from msam_optax.transforms import DecoupledSharpnessState as DecoupledSharpnessState
 from msam_optax.transforms import EmployState as EmployState
 from msam_optax.transforms import MomentumFn as MomentumFn
@@ -53,6 +54,7 @@ from msam_optax.transforms import Otherwise as Otherwise
 from msam_optax.transforms import RememberedGradientState as RememberedGradientState
 from msam_optax.transforms import SharpnessAwareState as SharpnessAwareState
 from msam_optax.transforms import StoredPerturbationState as StoredPerturbationState
+from msam_optax.transforms import alternating_ascent as alternating_ascent
 from msam_optax.transforms import decoupled_sharpness as decoupled_sharpness
 from msam_optax.transforms import employ as employ
 from msam_optax.transforms import eval_params as eval_params
@@ -65,6 +67,7 @@ from msam_optax.transforms import selected_gradient as selected_gradient
 from msam_optax.transforms import sharpness_aware_gradient as sharpness_aware_gradient
 
 __all__ = [
+    "AlternatingAscentState",
     "Combine",
     "CompiledStep",
     "DecoupledSharpnessState",
@@ -89,6 +92,7 @@ __all__ = [
     "adamw_msam",
     "ae_looksam",
     "ae_sam",
+    "alternating_ascent",
     "asam",
     "ascents",
     "combine",

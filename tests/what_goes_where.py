@@ -94,6 +94,12 @@ def msam(inner: Any) -> Any:
     return mo.momentum_perturbation(inner, RHO)
 
 
+def micro(inner: Any) -> Any:
+    steps = optax.MultiSteps(inner, 2)
+    # Its gradient_transformation() would hand no extra arguments on.
+    return optax.GradientTransformationExtraArgs(steps.init, steps.update)
+
+
 def accumulating(inner: Any) -> Any:
     return optax.MultiSteps(inner, 2).gradient_transformation()
 
@@ -289,7 +295,7 @@ SAM = [
         "MultiSteps",
         "around",
         SEEN,
-        lambda: accumulating(sam(sgd())),
+        lambda: micro(sam(sgd())),
         lambda: accumulating(sgd()),
         UNSEEN,
     ),

@@ -1,5 +1,9 @@
 """What stands in a chain: the blocks that methods are made of."""
 
+from msam_optax.transforms._alternating import (
+    AlternatingAscentState as AlternatingAscentState,
+)
+from msam_optax.transforms._alternating import alternating_ascent as alternating_ascent
 from msam_optax.transforms._decoupled import (
     DecoupledSharpnessState as DecoupledSharpnessState,
 )
@@ -35,6 +39,7 @@ from msam_optax.transforms._sharpness_aware import (
 )
 
 __all__ = [
+    "AlternatingAscentState",
     "DecoupledSharpnessState",
     "EmployState",
     "MSharpness",
@@ -44,6 +49,7 @@ __all__ = [
     "RememberedGradientState",
     "SharpnessAwareState",
     "StoredPerturbationState",
+    "alternating_ascent",
     "decoupled_sharpness",
     "employ",
     "eval_params",

@@ -16,7 +16,7 @@ from tests.what_goes_where import PARAMS, RHO, STEPS, Loop, Row, gradient, loss
 def steps_of(tx: Any, loop: Loop) -> Any:
     """The parameters after a user's own loop: those to evaluate."""
     tx = optax.with_extra_args_support(tx)
-    p = optax.LookaheadParams.init_synced(PARAMS) if loop.synced else PARAMS
+    p: Any = optax.LookaheadParams.init_synced(PARAMS) if loop.synced else PARAMS
     state = tx.init(p)
     for t in range(STEPS):
         value, g = jax.value_and_grad(loss)(p.fast if loop.synced else p, t)
