@@ -62,7 +62,7 @@ def _compiling(
     headers = ["method", axis, "trace s", "compile s", "instructions"]
     headers += [name.removesuffix("_seconds").replace("_", " ") for name in starts]
     made = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row[axis]):
         cells = [row["method"], f"{row[axis]}"]
         for column in (*_SECONDS, "instructions"):
             value = row[column]
@@ -176,6 +176,7 @@ def _figure(rows: Sequence[Row]) -> Figure:
     for axes, column in zip(panels, ("compile_seconds", "instructions"), strict=True):
         for name in dict.fromkeys(row["method"] for row in rows):
             own = [row for row in rows if row["method"] == name]
+            own.sort(key=lambda row: row["tensors"])
             base = METHODS[name].base == name or name.startswith("optax")
             axes.plot(
                 [row["tensors"] for row in own],

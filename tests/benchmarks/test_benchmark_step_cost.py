@@ -9,6 +9,7 @@ from benchmarks import scaling, step_cost
 from benchmarks.costs import growth, networks, sharding, timing
 from benchmarks.costs.methods import TIMED
 from benchmarks.costs.timing import Sample
+from benchmarks.tasks import records
 
 
 def test_ratio_is_taken_within_each_round() -> None:
@@ -76,7 +77,7 @@ def test_quick_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert scaling.main(argv) == 0
     assert "Number of tensors" in capsys.readouterr().out
     rows = {
-        part: [json.loads(line) for line in (tmp_path / f"{part}.jsonl").open()]
+        part: records.Record(tmp_path / f"{part}.jsonl", ["method"]).rows
         for part in parts
     }
     all_reduced = {
