@@ -10,8 +10,16 @@ Use one inside :func:`msam_optax.sharpness_aware_gradient` (SAM) or
 :func:`msam_optax.momentum_perturbation` (MSAM). ``optax.masked(ascent, mask)``
 restricts it to some parameters: those two leave a parameter that its ascent hands back
 untouched unperturbed. Write your own with :func:`make`.
+
+Where an ascent speaks of layers, weights or filters, its ``axes`` say which axes of a
+parameter these are: :class:`Axes`. Layers that a scan has stacked need it::
+
+    def axes(path, parameter):
+        scanned = "layers" in jax.tree_util.keystr(path)
+        return msam_optax.ascents.Axes(stacked=0) if scanned else None
 """
 
+from msam_optax._base.layers import Axes as Axes
 from msam_optax.ascents._fisher import fisher as fisher
 from msam_optax.ascents._friendly import FriendlyAscentState as FriendlyAscentState
 from msam_optax.ascents._friendly import friendly as friendly
@@ -29,6 +37,7 @@ from msam_optax.ascents._scaled import layerwise as layerwise
 from msam_optax.ascents._scaled import weight_scaled as weight_scaled
 
 __all__ = [
+    "Axes",
     "FriendlyAscentState",
     "Perturb",
     "RandomAscentState",

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from msam_optax._base.hyperparams import ScalarOrSchedule, check_real
+from msam_optax._base.layers import AxesLike, Layout, layouts
 from msam_optax._base.numerics import (
     global_norm,
     safe_divide,
-    safe_sqrt,
     scale,
     statistics_dtype,
 )
@@ -20,7 +20,11 @@ from msam_optax.ascents._make import make
 
 
 def adaptive(
-    rho: ScalarOrSchedule, eta: float = 0.0, mask: Any = None
+    rho: ScalarOrSchedule,
+    eta: float = 0.0,
+    mask: Any = None,
+    *,
+    axes: AxesLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Ascent whose radius scales with each weight, so node rescaling leaves it alone.
 
@@ -40,6 +44,9 @@ def adaptive(
       mask: tree of booleans like the parameters (or a prefix), or a function of the
         parameters that returns one: where T is adaptive. The default is the tensors of
         at least two dimensions, that is weights, and not biases and scales.
+      axes: which axes of a parameter count stacked layers, where there are such: an
+        :class:`msam_optax.ascents.Axes`, a tree of them like the parameters, or a
+        function ``axes(path, parameter)``. The dimensions are those of one layer.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` that needs ``params``.
@@ -62,17 +69,18 @@ def adaptive(
       ``adaptive(rho, mask=lambda params: True)``.
     """
     check_real("eta", eta, low=0.0)
-    return _sized_ascent(rho, lambda w: jnp.abs(w) + eta, mask, power=2)
+    return _sized_ascent(rho, lambda layout, w: jnp.abs(w) + eta, mask, axes, power=2)
 
 
 def filterwise(
-    rho: ScalarOrSchedule, mask: Any = None
+    rho: ScalarOrSchedule, mask: Any = None, *, axes: AxesLike = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""ASAM with one radius for each filter: T is the l2 norm of the weight's filter.
 
     :math:`\varepsilon = \rho\,T^2 g / \|T g\|` as in :func:`adaptive`. A filter
-    is what produces one output channel: the slice of a weight tensor along its last
-    axis, which is where Flax keeps the output channels.
+    is what produces one output: the slice of a weight tensor along its last axis,
+    which is where Flax keeps the outputs of dense layers and convolutions, or along
+    those that axes names.
 
     *Cost*: one reduction over the direction and one over the parameters. *State*: none,
     or one int32 where rho is a schedule. *Position*: inside
@@ -81,13 +89,15 @@ def filterwise(
     Args:
       rho: radius, relative to the filters' norms; a float or a schedule.
       mask: see :func:`adaptive`.
+      axes: which axes of a parameter count its filters, and which stacked layers; as
+        in :func:`adaptive`.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` that needs ``params``.
 
     Raises:
-      ValueError: if rho is neither a finite number nor a schedule, or ``params`` are
-        missing from ``update``.
+      ValueError: if rho is neither a finite number nor a schedule, ``params`` are
+        missing from ``update``, or a parameter has no such axes.
 
     >>> import jax.numpy as jnp, msam_optax
     >>> ascent = msam_optax.ascents.filterwise(rho=1.0)
@@ -101,12 +111,9 @@ def filterwise(
       Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization
       <https://arxiv.org/abs/2102.11600>`_, 2021.
     """
-
-    def filter_norm(w):
-        axes = tuple(range(w.ndim - 1))
-        return safe_sqrt(jnp.sum(jnp.square(w), axis=axes, keepdims=True))
-
-    return _sized_ascent(rho, filter_norm, mask, power=2)
+    return _sized_ascent(
+        rho, lambda layout, w: layout.filter_norm(w), mask, axes, power=2
+    )
 
 
 def weight_scaled(
@@ -142,11 +149,11 @@ def weight_scaled(
       Becker, Altrock and Risse, `Momentum-SAM <https://arxiv.org/abs/2401.12033>`_,
       2024, table 3.
     """
-    return _sized_ascent(rho, jnp.abs, mask=lambda params: True, power=1)
+    return _sized_ascent(rho, lambda _, w: jnp.abs(w), lambda params: True, None, 1)
 
 
 def layerwise(
-    rho: ScalarOrSchedule,
+    rho: ScalarOrSchedule, *, axes: AxesLike = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""One radius for each parameter tensor: :math:`\rho\,\|w_i\|\, g_i / \|g_i\|`.
 
@@ -158,6 +165,8 @@ def layerwise(
 
     Args:
       rho: radius relative to each tensor's norm; a float or a schedule.
+      axes: which axes of a parameter count stacked layers, each of which has its own
+        radius then; as in :func:`adaptive`.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` that needs ``params``.
@@ -185,7 +194,12 @@ def layerwise(
         def tensor(g, w):
             return scale(rho * safe_divide(global_norm(w), global_norm(g)), g)
 
-        return jax.tree.map(tensor, direction, params)
+        return jax.tree.map(
+            lambda layout, g, w: layout.each_layer(tensor, g, w),
+            layouts(axes, params),
+            direction,
+            params,
+        )
 
     return make(rho, perturb)
 
@@ -252,30 +266,33 @@ def clip_by_weight_norm(max_ratio: float) -> optax.GradientTransformationExtraAr
 
 
 def _sized_ascent(
-    rho: ScalarOrSchedule, size: Callable[[jax.Array], jax.Array], mask: Any, power: int
+    rho: ScalarOrSchedule,
+    size: Callable[[Layout, jax.Array], jax.Array],
+    mask: Any,
+    axes: AxesLike,
+    power: int,
 ) -> optax.GradientTransformationExtraArgs:
     r"""rho T^power g / ‖T g‖ with T = size(w) where mask, and 1 elsewhere."""
 
     def perturb(rho, direction, params):
         check_params("This ascent scales with the weights", params)
         dtype = statistics_dtype(params)
+        of_params = layouts(axes, params)
         chosen = mask(params) if callable(mask) else mask
         if chosen is None:
-            chosen = jax.tree.map(lambda w: jnp.ndim(w) >= 2, params)
+            chosen = jax.tree.map(lambda layout: layout.is_weight, of_params)
+        t = jax.tree.map(  # the mask may be a prefix of the parameters
+            lambda is_sized, *part: jax.tree.map(
+                lambda layout, w: size(layout, w.astype(dtype)) if is_sized else 1,
+                *part,
+            ),
+            chosen,
+            of_params,
+            params,
+        )
 
         def times_t(tree):
-            def tensor(is_sized, x, w):
-                return x.astype(dtype) * (size(w.astype(dtype)) if is_sized else 1)
-
-            # The mask may be a prefix of the parameters.
-            return jax.tree.map(
-                lambda is_sized, xs, ws: jax.tree.map(
-                    lambda x, w: tensor(is_sized, x, w), xs, ws
-                ),
-                chosen,
-                tree,
-                params,
-            )
+            return jax.tree.map(lambda x, t: x.astype(dtype) * t, tree, t)
 
         weighed = times_t(direction)
         factor = safe_divide(rho, global_norm(weighed))

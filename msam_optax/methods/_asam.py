@@ -6,6 +6,7 @@ import optax
 
 from msam_optax import ascents
 from msam_optax._base.hyperparams import ScalarOrSchedule
+from msam_optax._base.layers import AxesLike
 from msam_optax.transforms._sharpness_aware import chained, sharpness_aware_gradient
 
 
@@ -14,6 +15,8 @@ def asam(
     rho: ScalarOrSchedule = 0.5,
     eta: float = 0.01,
     mask: Any = None,
+    *,
+    axes: AxesLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adaptive SAM around any optimizer: SAM with a radius relative to each weight.
 
@@ -26,6 +29,7 @@ def asam(
         (CIFAR-100) in the paper.
       eta: added to the weights' absolute values.
       mask: see :func:`msam_optax.ascents.adaptive`.
+      axes: which axes count stacked layers, see :class:`msam_optax.ascents.Axes`.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`; its errors are those of
@@ -38,5 +42,5 @@ def asam(
       Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization
       <https://arxiv.org/abs/2102.11600>`_, 2021.
     """
-    ascent = ascents.adaptive(rho, eta, mask)
+    ascent = ascents.adaptive(rho, eta, mask, axes=axes)
     return chained(sharpness_aware_gradient(ascent), optimizer)

@@ -4,6 +4,7 @@ import optax
 
 from msam_optax import ascents
 from msam_optax._base.hyperparams import ScalarOrSchedule
+from msam_optax._base.layers import AxesLike
 from msam_optax.policies import Policy, adaptive, every
 from msam_optax.transforms._employ import employ
 from msam_optax.transforms._remembered import remembered_gradient, reuse_remembered
@@ -18,6 +19,7 @@ def looksam(
     *,
     per_tensor: bool = False,
     layerwise: bool = False,
+    axes: AxesLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LookSAM: SAM on every k-th step, and its remembered direction between.
 
@@ -39,6 +41,8 @@ def looksam(
         do.
       layerwise: perturb with :func:`msam_optax.ascents.layerwise`, the paper's variant
         for large batches.
+      axes: for these two, which axes of a parameter count stacked layers: see
+        :class:`msam_optax.ascents.Axes`.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`.
@@ -55,7 +59,7 @@ def looksam(
       <https://arxiv.org/abs/2203.02714>`_, CVPR 2022.
     """
     return chained(
-        _employ_and_reuse(every(k), rho, alpha, per_tensor, layerwise), optimizer
+        _employ_and_reuse(every(k), rho, alpha, per_tensor, layerwise, axes), optimizer
     )
 
 
@@ -71,6 +75,7 @@ def ae_looksam(
     k: int | None = None,
     per_tensor: bool = False,
     layerwise: bool = False,
+    axes: AxesLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AE-LookSAM: SAM where AE-SAM's policy says so, its remembered part elsewhere.
 
@@ -93,6 +98,7 @@ def ae_looksam(
       k: period of the steps on which the policy is asked; None for every step.
       per_tensor: see :func:`looksam`.
       layerwise: see :func:`looksam`.
+      axes: see :func:`looksam`.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`; its errors are those of
@@ -110,7 +116,7 @@ def ae_looksam(
     if k is not None:
         policy = every(k) & policy
     return chained(
-        _employ_and_reuse(policy, rho, alpha, per_tensor, layerwise), optimizer
+        _employ_and_reuse(policy, rho, alpha, per_tensor, layerwise, axes), optimizer
     )
 
 
@@ -120,10 +126,18 @@ def _employ_and_reuse(
     alpha: float,
     per_tensor: bool,
     layerwise: bool,
+    axes: AxesLike,
 ) -> optax.GradientTransformationExtraArgs:
-    ascent = ascents.layerwise(rho) if layerwise else ascents.normalized(rho)
+    if axes is not None and not (per_tensor or layerwise):
+        raise ValueError(
+            "axes say what a layer is, but neither per_tensor nor layerwise was given, "
+            "without which norms go over all parameters."
+        )
+    ascent = ascents.normalized(rho)
+    if layerwise:
+        ascent = ascents.layerwise(rho, axes=axes)
     return employ(
         policy,
-        remembered_gradient(ascent, per_tensor),
-        otherwise=reuse_remembered(alpha, per_tensor),
+        remembered_gradient(ascent, per_tensor, axes=axes),
+        otherwise=reuse_remembered(alpha, per_tensor, axes=axes),
     )

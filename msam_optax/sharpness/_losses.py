@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from msam_optax._base.layers import AxesLike, Layout, layouts
 from msam_optax._base.numerics import (
     add_scaled,
     global_norm,
     safe_divide,
-    safe_sqrt,
     scale,
 )
 from msam_optax._base.over_batches import (
@@ -236,20 +236,28 @@ def _sum(params: Any, epsilon: Any) -> Any:
     return jax.tree.map(jnp.add, params, epsilon)
 
 
-def filter_normalized_direction(key: jax.Array, params: Any) -> Any:
+def filter_normalized_direction(
+    key: jax.Array, params: Any, *, axes: AxesLike = None
+) -> Any:
     r"""A Gaussian direction, each filter of which is as long as the weights' filter.
 
     :math:`d_{ij} \leftarrow d_{ij} \|w_{ij}\| / \|d_{ij}\|` for the filters j of layer
     i: the slices of a leaf of two or more dimensions along its last axis, which is
-    where Flax keeps the outputs. Biases, scales and other leaves of fewer dimensions
-    are not perturbed.
+    where Flax keeps the outputs of dense layers and convolutions, or along those that
+    axes names. Biases, scales and other leaves of fewer dimensions are not perturbed.
 
     Args:
       key: random key.
       params: tree of arrays, the weights.
+      axes: which axes of a parameter count its filters, and which stacked layers: an
+        :class:`msam_optax.ascents.Axes`, a tree of them like the parameters, or a
+        function ``axes(path, parameter)``.
 
     Returns:
       A tree like the parameters, in float32, or float64 if a parameter is.
+
+    Raises:
+      ValueError: if a parameter has no such axes.
 
     >>> import jax, jax.numpy as jnp
     >>> from msam_optax import sharpness
@@ -262,18 +270,21 @@ def filter_normalized_direction(key: jax.Array, params: Any) -> Any:
       Li et al., `Visualizing the Loss Landscape of Neural Nets
       <https://arxiv.org/abs/1712.09913>`_, 2018.
     """
-    return _filter_normalized(key, wide(params))
+    params = wide(params)
+    return _filter_normalized(
+        tuple(jax.tree.leaves(layouts(axes, params))), key, params
+    )
 
 
-@jax.jit
-def _filter_normalized(key: jax.Array, params: Any) -> Any:
-    def norms(x: jax.Array) -> jax.Array:
-        axes = tuple(range(x.ndim - 1))
-        return safe_sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
-
-    def direction(w: jax.Array, noise: jax.Array) -> jax.Array:
-        if w.ndim < 2:
+@functools.partial(jax.jit, static_argnums=0)
+def _filter_normalized(
+    layout_of_each: tuple[Layout, ...], key: jax.Array, params: Any
+) -> Any:
+    def direction(layout: Layout, w: jax.Array, noise: jax.Array) -> jax.Array:
+        if not layout.is_weight:
             return jnp.zeros_like(w)
-        return noise * safe_divide(norms(w), norms(noise))
+        return noise * safe_divide(layout.filter_norm(w), layout.filter_norm(noise))
 
-    return jax.tree.map(direction, params, optax.tree.random_like(key, params))
+    of_params = jax.tree.unflatten(jax.tree.structure(params), layout_of_each)
+    noise = optax.tree.random_like(key, params)
+    return jax.tree.map(direction, of_params, params, noise)

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from msam_optax._base.hyperparams import check_real
+from msam_optax._base.layers import AxesLike, layouts
 from msam_optax._base.numerics import (
     add_scaled,
     global_norm,
@@ -38,7 +39,10 @@ Reuse = Callable[[optax.Updates, RememberedGradientState], optax.Updates]
 
 
 def remembered_gradient(
-    ascent: optax.GradientTransformation, per_tensor: bool = False
+    ascent: optax.GradientTransformation,
+    per_tensor: bool = False,
+    *,
+    axes: AxesLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A sharpness-aware gradient that keeps its part orthogonal to the clean one.
 
@@ -56,6 +60,8 @@ def remembered_gradient(
       ascent: what makes epsilon of the gradient.
       per_tensor: project each parameter tensor on its own, as some ports do, and not
         all together.
+      axes: which axes of a parameter count stacked layers, each of which is a tensor of
+        its own then; see :class:`msam_optax.ascents.Axes`.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` that needs ``params`` and
@@ -82,7 +88,7 @@ def remembered_gradient(
         perturbed, sharpness_aware_state = sharpness_aware.update(
             updates, state.sharpness_aware_state, params, **extra_args
         )
-        orthogonal = _by_tensor(orthogonal_part, per_tensor)(perturbed, updates)
+        orthogonal = _by_tensor(orthogonal_part, per_tensor, axes)(perturbed, updates)
         return perturbed, RememberedGradientState(
             sharpness_aware_state=sharpness_aware_state,
             orthogonal=optax.tree.cast_like(orthogonal, state.orthogonal),
@@ -91,7 +97,9 @@ def remembered_gradient(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def reuse_remembered(alpha: float, per_tensor: bool = False) -> Reuse:
+def reuse_remembered(
+    alpha: float, per_tensor: bool = False, *, axes: AxesLike = None
+) -> Reuse:
     r"""The gradient of the steps between: :math:`g + \alpha (\|g\|/\|g_v\|)\, g_v`.
 
     Before the first refresh :math:`g_v` is zero and this is the plain gradient.
@@ -99,6 +107,7 @@ def reuse_remembered(alpha: float, per_tensor: bool = False) -> Reuse:
     Args:
       alpha: weight of the remembered component, in units of the gradient's norm.
       per_tensor: take the norms of each parameter tensor on its own.
+      axes: see :func:`remembered_gradient`.
 
     Returns:
       A function for the ``otherwise`` of :func:`msam_optax.employ` around
@@ -114,11 +123,18 @@ def reuse_remembered(alpha: float, per_tensor: bool = False) -> Reuse:
         return add_scaled(updates, alpha * ratio, orthogonal)
 
     def otherwise(updates, inner_state):
-        return _by_tensor(extend, per_tensor)(updates, inner_state.orthogonal)
+        return _by_tensor(extend, per_tensor, axes)(updates, inner_state.orthogonal)
 
     return otherwise
 
 
-def _by_tensor(rule: Any, per_tensor: bool) -> Any:
-    """A rule for two trees, applied to them leaf by leaf or as wholes."""
-    return (lambda *trees: jax.tree.map(rule, *trees)) if per_tensor else rule
+def _by_tensor(rule: Any, per_tensor: bool, axes: AxesLike) -> Any:
+    """A rule for two trees, applied to them layer by layer or as wholes."""
+    if not per_tensor:
+        return rule
+    return lambda tree, *rest: jax.tree.map(
+        lambda layout, *xs: layout.each_layer(rule, *xs),
+        layouts(axes, tree),
+        tree,
+        *rest,
+    )

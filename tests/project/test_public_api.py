@@ -119,7 +119,7 @@ def test_names_are_exported_the_way_type_checkers_understand():
 
 PARAMETERS = {
     "ascents.normalized": ["rho", "p"],
-    "ascents.adaptive": ["rho", "eta", "mask"],
+    "ascents.adaptive": ["rho", "eta", "mask", "axes"],
     "ascents.unnormalized": ["rho"],
     "sharpness_aware_gradient": ["ascent", "combine", "second_order"],
     "policies.every": ["k"],
