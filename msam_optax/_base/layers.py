@@ -81,10 +81,10 @@ class Layout:
 def layouts(axes: AxesLike, params: Any) -> Any:
     """The `Layout` of each parameter, a tree like them."""
 
-    def one_or_none(x):
+    def one_or_none(x: Any) -> bool:
         return x is None or isinstance(x, Axes)
 
-    def layout(path, given, leaf):
+    def layout(path: Any, given: Any, leaf: Any) -> Layout:
         return _layout(jax.tree_util.keystr(path), given, np.shape(leaf))
 
     if callable(axes):
