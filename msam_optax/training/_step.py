@@ -16,6 +16,7 @@ from msam_optax.training._metrics import StepMetrics, metrics_of
 from msam_optax.training._state import TrainState
 from msam_optax.transforms._employ import EmployState
 from msam_optax.transforms._find_momentum import find_states
+from msam_optax.transforms._placement import check_wrappers
 
 
 class TrainStep:
@@ -131,6 +132,8 @@ class TrainStep:
         return clean, employ_state.employed
 
     def _update(self, state, clean, batch, key, employed=None):
+        if self._loss_scaling is None:  # which skips what is not finite by itself
+            check_wrappers(state.opt_state)
         extra_args = self._gradients.extra_args(state, clean, batch, key)
         if employed is not None:
             extra_args["employed"] = employed
