@@ -53,10 +53,11 @@ class Gradients:
         self, state: TrainState, clean: CleanPass, batch: Any, key: Any
     ) -> dict[str, Any]:
         """What an optimizer may ask for, once the clean gradient is there."""
+        key = used_again(key)
 
         def value_and_grad_fn(params):
             (loss, _), gradient = self._value_and_grad(
-                params, state.model_state, state.loss_scale, batch, key
+                params, state.model_state, state.loss_scale, batch, used_again(key)
             )
             return loss, gradient
 
@@ -65,7 +66,7 @@ class Gradients:
             if indices is not None:
                 samples = jax.tree.map(lambda x: x[indices], batch)
             losses = self._losses(state.loss_scale)
-            return losses(params, state.model_state, samples, key)[0]
+            return losses(params, state.model_state, samples, used_again(key))[0]
 
         return {
             "grad_fn": lambda params: value_and_grad_fn(params)[1],
@@ -103,6 +104,19 @@ class Gradients:
         if self._microbatches == 1:
             return losses
         return microbatched(losses, self._microbatches)
+
+
+def used_again(key: Any) -> Any:
+    """The step's random key for a further pass, which is meant to draw alike.
+
+    `jax_debug_key_reuse` takes a key that is used twice for an error, but its clone.
+    """
+
+    def clone(key):
+        is_key = jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key)
+        return jax.random.clone(key) if is_key else key
+
+    return jax.tree.map(clone, key)
 
 
 def loss_and_aux(result: Any) -> Any:

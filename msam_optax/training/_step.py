@@ -10,7 +10,7 @@ import optax
 from msam_optax._base.hyperparams import check_integer, check_transformation
 from msam_optax.training._checks import check_state, diagnose
 from msam_optax.training._dispatch import Dispatch, Dispatcher
-from msam_optax.training._gradients import Gradients, LossFn
+from msam_optax.training._gradients import Gradients, LossFn, used_again
 from msam_optax.training._loss_scaling import LossScaling, all_finite, stay_finite
 from msam_optax.training._metrics import StepMetrics, metrics_of
 from msam_optax.training._state import TrainState
@@ -75,6 +75,8 @@ class TrainStep:
             if self.dispatch(state, batch, key).where == "in_graph":
                 return self._in_graph(state, batch, key)
             clean, employed = self._first_half(state, batch, key)
+            if jax.config.jax_debug_key_reuse:  # else it would only take time
+                key = used_again(key)
             return self._second_half(state, clean, batch, key, employed=bool(employed))
         except Exception as error:
             self._dispatcher.forget()
