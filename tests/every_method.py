@@ -161,20 +161,21 @@ def loss(p: Any, t: Any) -> jax.Array:
 
 
 def one_step(tx: Any, p: Any, state: Any, t: Any, **extra_args: Any) -> tuple[Any, Any]:
-    """A step that hands over whatever any method asks for."""
+    """A step that hands over whatever any method asks for, and promotes no rank."""
 
     def grad_fn(q: Any) -> Any:
         return jax.grad(loss)(q, t)
 
-    updates, state = tx.update(
-        grad_fn(p),
-        state,
-        p,
-        grad_fn=grad_fn,
-        per_example_losses=losses(p, t),
-        per_example_loss_fn=lambda q, indices: losses(q, t, indices),
-        **extra_args,
-    )
+    with jax.numpy_rank_promotion("raise"):
+        updates, state = tx.update(
+            grad_fn(p),
+            state,
+            p,
+            grad_fn=grad_fn,
+            per_example_losses=losses(p, t),
+            per_example_loss_fn=lambda q, indices: losses(q, t, indices),
+            **extra_args,
+        )
     return optax.apply_updates(p, updates), state
 
 

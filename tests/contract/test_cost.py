@@ -7,6 +7,7 @@ gradients that run in test_employ and test_train. Seconds are for the benchmarks
 import functools
 import json
 import math
+import pathlib
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import msam_optax as mo
+from tests.versions import needs_meshes, needs_no_temporaries
 
 LR = 0.01
 RHO = 0.05
@@ -160,6 +162,7 @@ def nbytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+@needs_no_temporaries
 @pytest.mark.parametrize(
     "width, examples",
     [
@@ -185,6 +188,7 @@ def test_sam_needs_no_more_arithmetic_than_that_of_optax():
     assert ours.flops < 1.01 * theirs.flops
 
 
+@needs_no_temporaries
 @pytest.mark.parametrize(
     "tx, moved",
     [
@@ -282,9 +286,14 @@ def all_reduces() -> dict[str, float]:
     return counts | {"m-sharpness": all_reduced(m_sharpness(mesh))}
 
 
+@needs_meshes
 def test_gradients_all_reduced_in_a_step():
     process = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "tests.contract.test_cost"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=pathlib.Path(__file__).parents[2],
     )
     assert json.loads(process.stdout) == {
         "sgd": 1,

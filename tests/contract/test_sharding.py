@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import msam_optax as mo
 from tests.every_method import MSAM, build, sgd
+from tests.versions import needs_meshes
 
 STEPS, DEVICES = 6, 8
 REPLICATED, SPLIT = PartitionSpec(), PartitionSpec("data")
@@ -259,6 +260,9 @@ def ascend_by_shard() -> dict[str, float]:
         "sharded batch": distance(by_shard, end(of_m_sharpness, *many)),
         "one ascent": distance(by_shard, end(gradient_at, *one)),
     }
+
+
+pytestmark = needs_meshes
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 import msam_optax as mo
 from msam_optax.training._dispatch import convolves
+from tests.versions import needs_meshes
 
 STEPS, RHO = 8, 0.1
 
@@ -112,7 +113,10 @@ PLACES: dict[str, Callable[[jax.Array], Any]] = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place",
+    [pytest.param(p, marks=needs_meshes if p == "shard_map" else ()) for p in PLACES],
+)
 def test_a_convolution_is_found_wherever_it_stands(place):
     assert convolves(jax.make_jaxpr(PLACES[place])(X).jaxpr)
 

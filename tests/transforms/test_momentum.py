@@ -14,6 +14,7 @@ import msam_optax as mo
 from tests.problems import Problem, mlp, named, quadratic, run
 from tests.reference import recursions
 from tests.reference.recursions import Tree, norm
+from tests.versions import needs_no_temporaries
 
 RHO, LR, MU = 0.2, 0.05, 0.9
 STEPS = 12
@@ -636,6 +637,7 @@ def temporary_bytes(tx: Any, params: Any) -> int:
     return analysis.temp_size_in_bytes
 
 
+@needs_no_temporaries
 @pytest.mark.parametrize(
     "tx, base",
     [
