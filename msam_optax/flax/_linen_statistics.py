@@ -1,12 +1,13 @@
 """Batch statistics of Linen modules at given parameters."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 
+from msam_optax.flax._arguments import check_module
 from msam_optax.flax._inputs import Inputs
 from msam_optax.flax._recalibration import (
     check_batches,
@@ -67,6 +68,13 @@ def recalibrate_batch_stats(
     >>> print(state["batch_stats"]["mean"], state["batch_stats"]["var"])
     [1.5] [1.]
     """
+    call = "recalibrate_batch_stats(model, params, model_state, batches)"
+    check_module(call, model, nn.Module)
+    if isinstance(params, Mapping) and "batch_stats" in params:
+        raise ValueError(
+            f"{call} needs the parameters second, but what was given there holds "
+            "batch_stats: were params and model_state swapped?"
+        )
     check_batches(batches)
     if not model_state or "batch_stats" not in model_state:
         return model_state

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from msam_optax.flax._arguments import check_module
 from msam_optax.flax._inputs import Inputs
 from msam_optax.flax._pure import as_pure
 from msam_optax.flax._recalibration import (
@@ -53,6 +54,7 @@ def recalibrate_batch_stats(
     >>> print(model.mean[...], model.var[...])
     [1.5] [1.]
     """
+    check_module("recalibrate_batch_stats(model, batches)", model, nnx.Module)
     check_batches(batches)
     if not jax.tree.leaves(nnx.state(model, nnx.BatchStat)):
         return

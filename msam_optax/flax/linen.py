@@ -4,7 +4,6 @@ Extra: ``pip install msam_optax[flax]``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from msam_optax._base.versions import require as _require
@@ -15,14 +14,14 @@ import flax.linen as nn
 import jax
 import optax
 from flax.core import DenyList
-from flax.training import train_state
 
 from msam_optax._base.hyperparams import check_transformation
+from msam_optax.flax._arguments import check_function, check_module
 from msam_optax.flax._inputs import Inputs
 from msam_optax.flax._linen_statistics import recalibrate_batch_stats
+from msam_optax.flax._linen_train_state import LinenTrainState
 from msam_optax.training._gradients import LossFn, loss_and_aux
 from msam_optax.training._state import TrainState
-from msam_optax.transforms._eval_params import eval_params
 
 __all__ = [
     "Inputs",
@@ -75,8 +74,8 @@ def linen_loss(
       ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux))``.
 
     Raises:
-      ValueError: by ``loss_fn``, if the batch is a dict and ``inputs`` is not given, or
-        a collection of ``model_state`` is sown.
+      ValueError: if the model is no Linen module; by ``loss_fn``, if the batch is a
+        dict and ``inputs`` is not given, or a collection of ``model_state`` is sown.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, msam_optax, optax
     >>> from msam_optax.flax.linen import init_linen, linen_loss
@@ -88,6 +87,8 @@ def linen_loss(
     >>> step = msam_optax.make_train_step(linen_loss(model, loss), tx)
     >>> state, metrics = step(state, batch, jax.random.key(1))
     """
+    check_module("linen_loss(model, loss)", model, nn.Module)
+    check_function("linen_loss(model, loss)", "loss", loss)
     if isinstance(sown, str) or isinstance(rngs, str):
         raise ValueError(
             "rngs and sown must be sequences of names, for instance "
@@ -173,8 +174,9 @@ def init_linen(
       collections other than the parameters, without those that are sown.
 
     Raises:
-      ValueError: if ``optimizer`` is none.
+      ValueError: if ``model`` or ``optimizer`` is none.
     """
+    check_module("init_linen(model, optimizer, key, inputs)", model, nn.Module)
     check_transformation("optimizer", optimizer)
     example = Inputs.of(inputs)
 
@@ -199,67 +201,3 @@ def init_linen(
     params = variables.pop("params", {})
     carried_on = {name: x for name, x in variables.items() if not is_sown(name)}
     return TrainState(params, optimizer.init(params), carried_on)
-
-
-class LinenTrainState(train_state.TrainState):
-    """Flax's TrainState, whose optimizer may ask for the gradient anew.
-
-    In the place of :class:`flax.training.train_state.TrainState` in a trainer of your
-    own, also as the base of a subclass with further fields; with
-    :func:`msam_optax.make_train_step` you need none. Batch statistics are yours to keep
-    apart: take them from the clean gradient, and let ``grad_fn`` drop its own.
-
-    >>> import flax.linen as nn, jax, jax.numpy as jnp, msam_optax, optax
-    >>> from msam_optax.flax.linen import LinenTrainState
-    >>> model, x, y = nn.Dense(1), jnp.ones((8, 3)), jnp.zeros((8, 1))
-    >>> state = LinenTrainState.create(
-    ...     apply_fn=model.apply,
-    ...     params=model.init(jax.random.key(0), x)["params"],
-    ...     tx=msam_optax.sam(optax.sgd(0.1)),
-    ... )
-    >>> @jax.jit
-    ... def step(state):
-    ...     def loss(params):
-    ...         return jnp.mean((state.apply_fn({"params": params}, x) - y) ** 2)
-    ...     grad_fn = jax.grad(loss)
-    ...     return state.apply_gradients(grads=grad_fn(state.params), grad_fn=grad_fn)
-    >>> state = step(state)
-    >>> logits = model.apply({"params": state.eval_params}, x)
-    """
-
-    def apply_gradients(
-        self,
-        *,
-        grads: Any,
-        grad_fn: Callable[[Any], Any] | None = None,
-        extra_args: Mapping[str, Any] = MappingProxyType({}),
-        **kwargs: Any,
-    ) -> "LinenTrainState":
-        """Updates step, params and opt_state.
-
-        Args:
-          grads: clean gradients, a tree like the parameters.
-          grad_fn: ``grad_fn(params) -> grads`` of the same batch with the same random
-            key; needed by all methods that take a second gradient.
-          extra_args: what else the optimizer's ``update`` needs, for instance
-            ``{"value": loss}``, or :func:`msam_optax.esam`'s per-example losses.
-          **kwargs: other fields to replace, for instance ``batch_stats=...``.
-        """
-        given = (
-            {**extra_args} if grad_fn is None else {**extra_args, "grad_fn": grad_fn}
-        )
-        tx = optax.with_extra_args_support(self.tx)
-
-        def update(updates: Any, state: Any, params: Any = None) -> Any:
-            return tx.update(updates, state, params, **given)
-
-        handing_on = self.replace(tx=optax.GradientTransformation(tx.init, update))
-        stepped = super(LinenTrainState, handing_on).apply_gradients(
-            grads=grads, **kwargs
-        )
-        return stepped.replace(tx=self.tx)
-
-    @property
-    def eval_params(self) -> Any:
-        """The unperturbed parameters: those to evaluate and to save."""
-        return eval_params(self.opt_state, self.params)

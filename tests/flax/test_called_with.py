@@ -178,7 +178,7 @@ class CountingUpdate(Optimizer):
 
     def update(self, model, grads):
         self.calls[...] += 1
-        return super().update(model, jax.tree.map(lambda g: g / 1, grads))
+        return super().update(model, grads)
 
 
 class KeywordUpdate(Optimizer):
