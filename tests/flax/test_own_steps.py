@@ -161,7 +161,7 @@ def test_what_stands_before_a_second_gradient_is_seen(way):
         STEPS[way](clipped, new_model())
 
 
-@pytest.mark.parametrize("way", ["nnx_update", "LinenTrainState"])
+@pytest.mark.parametrize("way", STEPS)
 def test_a_guard_around_a_second_gradient_is_seen(way):
     with pytest.raises(ValueError, match=r"apply_if_finite stands around"):
         STEPS[way](optax.apply_if_finite(SAM, 3), new_model())
