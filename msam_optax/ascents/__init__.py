@@ -7,9 +7,10 @@ An ascent is an :class:`optax.GradientTransformationExtraArgs` whose ``update`` 
     epsilon, state = ascent.update(direction, state, params)
 
 Use one inside :func:`msam_optax.sharpness_aware_gradient` (SAM) or
-:func:`msam_optax.momentum_perturbation` (MSAM). ``optax.masked(ascent, mask)``
-restricts it to some parameters: those two leave a parameter that its ascent hands back
-untouched unperturbed. Write your own with :func:`make`.
+:func:`msam_optax.momentum_perturbation` (MSAM). :func:`restrict` confines one
+to some of the parameters. (``optax.masked(ascent, mask)`` does so too, but only last in
+a chain: the two leave a parameter that its ascent hands back untouched unperturbed.)
+Write your own with :func:`make`.
 
 Where an ascent speaks of layers, weights or filters, its ``axes`` say which axes of a
 parameter these are: :class:`Axes`. Layers that a scan has stacked need it::
@@ -30,6 +31,7 @@ from msam_optax.ascents._normalized import unnormalized as unnormalized
 from msam_optax.ascents._random import RandomAscentState as RandomAscentState
 from msam_optax.ascents._random import gaussian as gaussian
 from msam_optax.ascents._random import stochastic as stochastic
+from msam_optax.ascents._restrict import restrict as restrict
 from msam_optax.ascents._scaled import adaptive as adaptive
 from msam_optax.ascents._scaled import clip_by_weight_norm as clip_by_weight_norm
 from msam_optax.ascents._scaled import filterwise as filterwise
@@ -50,6 +52,7 @@ __all__ = [
     "layerwise",
     "make",
     "normalized",
+    "restrict",
     "stochastic",
     "unnormalized",
     "weight_scaled",

@@ -13,6 +13,7 @@ from msam_optax._base.hyperparams import (
     init_schedule,
     read_schedule,
 )
+from msam_optax.ascents._restrict import check_masked
 
 # perturb(rho, direction, params) -> epsilon
 Perturb = Callable[[Any, optax.Updates, Any], optax.Updates]
@@ -30,6 +31,7 @@ def perturbation(
     `optax.masked` passes what it masks out through, which is right for updates, but
     here would make the raw gradient a perturbation.
     """
+    check_masked(state)
     epsilon, state = ascent.update(direction, state, params, **extra_args)
     epsilon = jax.tree.map(
         lambda e, g: jnp.zeros_like(e) if e is g else e, epsilon, direction
