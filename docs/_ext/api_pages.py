@@ -56,7 +56,8 @@ def page(topic: str, module: str, folder: str | None, names: list[str]) -> str:
         "",
         f".. automodule:: {automodule}",
         "   :no-members:",
-        "   :no-index:",
+        # The folders of what stands at the top are no modules of the user's.
+        *(["   :no-index:"] if folder else []),
         "",
         f".. currentmodule:: {module}",
         "",

@@ -1,4 +1,4 @@
-"""Brings into the site what is kept elsewhere: notebooks, figures, the main table."""
+"""Brings into the site what is kept elsewhere: notebooks, figures and tables."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 from sphinx.application import Sphinx
 
 from benchmarks.reports.main_table import main_table
+from tests import what_goes_where
 
 FILES = "https://github.com/msam-optax/msam_optax/blob/main"
 FIGURES = "benchmarks/results/figures"
@@ -34,6 +35,9 @@ def bring(app: Sphinx, config: Any) -> None:
     text = LINK.sub(rf"[\1]({FILES}/{FIGURES}/\2)", text)
     put(site / "_parts" / "figures.md", text)
     put(site / "_parts" / "main_table.md", main_table())
+    for method in ("SAM", "MSAM"):
+        name = f"what_goes_where_{method.lower()}.md"
+        put(site / "_parts" / name, what_goes_where.markdown(method) + "\n")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reports.main_table import MARKS, main_table
+from msam_optax import methods
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "docs"
@@ -47,3 +48,8 @@ def test_readme_has_the_committed_table_of_the_main_job():
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_every_method_has_a_row_on_the_page_of_blocks():
+    table = (SITE / "_parts" / "methods_table.md").read_text()
+    assert not [name for name in methods.__all__ if f"msam_optax.{name}>" not in table]

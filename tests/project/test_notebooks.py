@@ -18,6 +18,8 @@ EXPECTED = [
     "02_why_momentum.ipynb",
     "03_adaptive_policy.ipynb",
     "04_loss_landscape.ipynb",
+    "05_language_model.ipynb",
+    "06_sweep_rho.ipynb",
 ]
 COLAB = "https://colab.research.google.com/github/"
 # What would tell of the machine that a notebook was run on.
