@@ -28,12 +28,16 @@ class PerturbationMetrics(NamedTuple):
       employed: boolean scalar, whether the last step took an extra gradient.
       employed_fraction: scalar, the share of such steps so far. A policy whose
         total_steps is far from the run's shows here: near 0, or near 1.
+      sharpness: scalar, L(w + epsilon) - L(w) of the batch, by the last step that took
+        an extra gradient; 0 before, without one, and where the optimizer was not handed
+        both losses.
     """
 
     perturbation_norm: jax.Array
     relative_perturbation: jax.Array
     employed: jax.Array
     employed_fraction: jax.Array
+    sharpness: jax.Array
 
 
 class StepMetrics(NamedTuple):
@@ -42,12 +46,14 @@ class StepMetrics(NamedTuple):
     Attributes:
       loss: scalar, the clean loss of the batch, at the parameters before the step.
       grad_norm: scalar, l2 norm of the clean gradient.
-      perturbation_norm: as in :class:`PerturbationMetrics`, like the three below.
+      perturbation_norm: as in :class:`PerturbationMetrics`, like the four below.
       relative_perturbation: the same relative to the parameters' norm.
       employed: boolean scalar, whether this step took an extra gradient.
       employed_fraction: scalar, the share of such steps so far.
+      sharpness: scalar, L(w + epsilon) - L(w) of the batch where this step took an
+        extra gradient; else the last one's.
       skipped: boolean scalar, whether this step was not finite and changed nothing;
-        never without a `LossScaling`. Then the four above are of the last step that was
+        never without a `LossScaling`. Then the five above are of the last step that was
         not skipped.
       aux: the loss function's own.
     """
@@ -58,6 +64,7 @@ class StepMetrics(NamedTuple):
     relative_perturbation: jax.Array
     employed: jax.Array
     employed_fraction: jax.Array
+    sharpness: jax.Array
     skipped: jax.Array
     aux: Any
 
@@ -94,17 +101,19 @@ def step_metrics(state: optax.OptState, params: optax.Params) -> PerturbationMet
     # unless it is all there is: an extra gradient of the user's own make.
     ascending = [one for one in asked if one.ascents] or asked
     employed, fraction = jnp.asarray(False), jnp.asarray(0.0)
-    norm = perturbation_norm(state, params)
+    norm, sharpness = perturbation_norm(state, params), jnp.asarray(0.0)
     if ascending:
         employed = jnp.any(jnp.stack([one.employed for one in ascending]))
         fraction = jnp.max(jnp.stack([one.fraction for one in ascending]))
     ascents = [(one.employed, ascent) for one in ascending for ascent in one.ascents]
     for taken, ascent in ascents:
         norm = jnp.hypot(norm, jnp.where(taken, ascent.perturbation_norm, 0))
+    if ascents:
+        sharpness = jnp.max(jnp.stack([ascent.sharpness for _, ascent in ascents]))
     relative = jnp.zeros_like(norm)
     if ascents or find_states(state, PERTURBED):
         relative = safe_divide(norm, global_norm(params))
-    return PerturbationMetrics(norm, relative, employed, fraction)
+    return PerturbationMetrics(norm, relative, employed, fraction, sharpness)
 
 
 class _Asked(NamedTuple):

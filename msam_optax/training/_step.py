@@ -134,8 +134,7 @@ class TrainStep:
         return clean, employ_state.employed
 
     def _update(self, state, clean, batch, key, employed=None):
-        if self._loss_scaling is None:  # which skips what is not finite by itself
-            check_wrappers(state.opt_state)
+        check_wrappers(state.opt_state, skips=self._loss_scaling is not None)
         extra_args = self._gradients.extra_args(state, clean, batch, key)
         if employed is not None:
             extra_args["employed"] = employed
@@ -258,7 +257,9 @@ def make_train_step(
       ValueError: if dispatch is none of the three, or is "host" where the step is
         traced or the optimizer employs in several places; if microbatches is not a
         positive integer that divides the batch; by the step, if its state was given
-        before, holds an array twice, or is not that of the optimizer.
+        before, holds an array twice or is not that of the optimizer, if something
+        stands before or accumulates around a second gradient, or
+        ``optax.apply_if_finite`` around one without ``loss_scaling``.
 
     >>> import jax, jax.numpy as jnp, msam_optax, optax
     >>> def loss_fn(params, model_state, batch, key):

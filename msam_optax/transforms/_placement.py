@@ -75,13 +75,23 @@ def _tiny_like(params: Any, entry: float) -> Any:
     )
 
 
-def check_wrappers(state: optax.OptState) -> None:
-    """Raises ValueError for a guard around a second gradient, which it does not see.
+def check_wrappers(state: optax.OptState, skips: bool = False) -> None:
+    """Raises ValueError for a wrapper around a second gradient, which it does not see.
 
     Args:
       state: of the whole optimizer; its structure alone counts.
+      skips: whether steps that are not finite are skipped whole anyway.
     """
-    for guard in find_states(state, optax.ApplyIfFiniteState):
+    for accumulator in find_states(state, optax.MultiStepsState):
+        if find_states(accumulator.inner_opt_state, SharpnessAwareState):
+            raise ValueError(
+                "optax.MultiSteps stands around a sharpness-aware gradient, but the "
+                "gradient that is taken inside is the last micro-batch's alone: "
+                "accumulate behind it, optax.chain(sharpness_aware_gradient(ascent), "
+                "optax.MultiSteps(optimizer, k).gradient_transformation()), or take "
+                "one epsilon for all parts by make_train_step(..., microbatches=k)."
+            )
+    for guard in () if skips else find_states(state, optax.ApplyIfFiniteState):
         if find_states(guard.inner_state, SharpnessAwareState):
             raise ValueError(
                 "optax.apply_if_finite stands around a sharpness-aware gradient, but "

@@ -63,7 +63,7 @@ CASES: dict[str, tuple[Any, bool, float]] = {
     ),
     "looksam": (mo.looksam(SGD, RHO, k=2), True, 2 / 3),
     "inside a wrapper": (
-        optax.apply_if_finite(optax.chain(mo.employ(EVERY_2, SAM), SGD), 3),
+        optax.named_chain(("sam", mo.employ(EVERY_2, SAM)), ("sgd", SGD)),
         True,
         2 / 3,
     ),
