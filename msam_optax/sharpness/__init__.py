@@ -10,7 +10,9 @@ All functions of this folder take
   arrays in float32, float64 if a parameter is;
 - ``batches``, which can be read several times: a list, or an object whose ``__iter__``
   starts anew. All examples count equally; a batch has as many as the leading axis of
-  its first leaf is long. One batch at a time is on the device;
+  its first leaf is long. Where they do not (a mean over tokens that are not padding),
+  return a :class:`msam_optax.WeightedMean`, whose weights then count. One batch at a
+  time is on the device;
 - ``on_batch``, called without arguments whenever a batch is done, for a progress bar:
   ``on_batch=bar.update``, as often as the function says.
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from msam_optax._base.over_batches import MeanLoss, batch_hessian_vector
+from msam_optax._base.weighted import WeightedMean, mean_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +55,9 @@ class GaussNewton:
     """
 
     outputs_fn: Callable[[Any, Any], Any]
-    loss_fn: Callable[[Any, Any], jax.Array]
+    loss_fn: Callable[[Any, Any], jax.Array | WeightedMean]
 
-    def __call__(self, params: Any, batch: Any) -> jax.Array:
+    def __call__(self, params: Any, batch: Any) -> jax.Array | WeightedMean:
         """The loss."""
         return self.loss_fn(self.outputs_fn(params, batch), batch)
 
@@ -78,7 +79,7 @@ def _batch_gauss_newton_vector(
         return loss.outputs_fn(params, batch)
 
     def output_gradient(outputs: Any) -> Any:
-        return jax.grad(lambda f: loss.loss_fn(f, batch))(outputs)
+        return jax.grad(lambda f: mean_of(loss.loss_fn(f, batch)))(outputs)
 
     outputs, tangent = jax.jvp(outputs_at, (params,), (vector,))
     _, curved = jax.jvp(output_gradient, (outputs,), (tangent,))

@@ -20,6 +20,7 @@ from msam_optax._base.over_batches import (
     like,
     mean_number,
     mean_tree,
+    over,
     wide,
 )
 from msam_optax.sharpness._gauss_newton import product_with
@@ -96,8 +97,7 @@ def curvature_along(
     unit = _unit(like("direction", direction, params))
     return mean_number(
         functools.partial(_quadratic_form, product_with(loss_fn), params, unit),
-        batches,
-        on_batch,
+        over(loss_fn, params, batches, on_batch),
     )
 
 
@@ -151,12 +151,12 @@ def hessian_trace(
             f"{num_samples!r} was given."
         )
     params = wide(params)
-    samples = []
+    data, samples = over(loss_fn, params, batches, on_batch), []
     for sample_key in jax.random.split(key, num_samples):
         form = functools.partial(
             _quadratic_form, product_with(loss_fn), params, signs(sample_key, params)
         )
-        samples.append(mean_number(form, batches, on_batch))
+        samples.append(mean_number(form, data))
     standard_deviation = np.std(samples, ddof=1)
     return HessianTrace(
         value=float(np.mean(samples)),
@@ -245,10 +245,8 @@ def over_all(
     loss_fn: MeanLoss, params: Any, batches: Iterable[Any], on_batch: OnBatch | None
 ) -> Callable[[Any], Any]:
     """The product with the Hessian over all examples, a function of the vector."""
-    product = product_with(loss_fn)
-    return lambda vector: mean_tree(
-        functools.partial(product, params, vector), batches, on_batch
-    )
+    product, data = product_with(loss_fn), over(loss_fn, params, batches, on_batch)
+    return lambda vector: mean_tree(functools.partial(product, params, vector), data)
 
 
 def _quadratic_form(product: Any, params: Any, vector: Any, batch: Any) -> jax.Array:

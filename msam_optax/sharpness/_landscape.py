@@ -23,6 +23,7 @@ from msam_optax._base.over_batches import (
     batch_loss,
     like,
     mean_tree,
+    over,
     wide,
 )
 
@@ -157,7 +158,8 @@ def losses_at(
     losses_of = functools.partial(
         _batch_losses, loss_fn, params, directions, coordinates
     )
-    return np.asarray(mean_tree(losses_of, batches, on_batch))
+    data = over(loss_fn, params, batches, on_batch)
+    return np.asarray(mean_tree(losses_of, data))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -24,6 +24,7 @@ from msam_optax._base.over_batches import (
     like,
     mean_number,
     mean_tree,
+    over,
     wide,
 )
 
@@ -68,8 +69,10 @@ def mean_loss(
     >>> sharpness.mean_loss(lambda w, batch: jnp.mean(w * batch), 1.0, batches)
     2.0
     """
+    params = wide(params)
     return mean_number(
-        functools.partial(batch_loss, loss_fn, wide(params)), batches, on_batch
+        functools.partial(batch_loss, loss_fn, params),
+        over(loss_fn, params, batches, on_batch),
     )
 
 
@@ -100,8 +103,10 @@ def mean_gradient(
     >>> print(sharpness.mean_gradient(lambda w, b: jnp.mean(w**2 * b), 1.0, batches))
     4.0
     """
+    params = wide(params)
     return mean_tree(
-        functools.partial(batch_gradient, loss_fn, wide(params)), batches, on_batch
+        functools.partial(batch_gradient, loss_fn, params),
+        over(loss_fn, params, batches, on_batch),
     )
 
 
@@ -153,7 +158,7 @@ def sharpness_along(
             batch_loss(loss_fn, params, batch)
         )
 
-    return mean_number(rise, batches, on_batch)
+    return mean_number(rise, over(loss_fn, params, batches, on_batch))
 
 
 def worst_case_sharpness(

@@ -87,11 +87,11 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "ae_sam": ae_sam,
     "ss_sam": lambda: mo.ss_sam(optax.adam(0.01), RHO, seed=1),
     "every": lambda: optax.chain(
-        optax.clip_by_global_norm(1.0),
         mo.employ(
             mo.policies.every(3),
             mo.sharpness_aware_gradient(mo.ascents.adaptive(RHO, 0.01)),
         ),
+        optax.clip_by_global_norm(1.0),
         optax.sgd(0.1),
     ),
     "sam": lambda: mo.sam(optax.sgd(0.1, momentum=0.9), RHO),
