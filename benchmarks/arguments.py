@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from jax.sharding import Mesh
@@ -74,6 +75,27 @@ def fraction(text: str) -> float:
             f"a number in [0, 1] is needed, but {text!r} was given."
         )
     return value
+
+
+class Several(argparse.Action):
+    """Values given apart by spaces, by commas, or by the flag once more."""
+
+    def __init__(self, *args: Any, read: Callable[[str], Any], **options: Any) -> None:
+        super().__init__(*args, nargs="+", **options)
+        self._read = read
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        texts = [text for value in values for text in value.split(",") if text]
+        try:
+            read = [self._read(text) for text in texts]
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        if not read:
+            raise argparse.ArgumentError(self, "expected at least one value.")
+        before = getattr(namespace, self.dest)
+        # The default is a tuple: what is given takes its place.
+        before = [] if isinstance(before, tuple) else before
+        setattr(namespace, self.dest, [*before, *read])
 
 
 def add_task_arguments(

@@ -4,7 +4,8 @@ For instance:
 
     python benchmarks/compare.py
     python benchmarks/compare.py --dataset fashion_mnist --model cnn --epochs 10
-    python benchmarks/compare.py --optimizers sgd msam --rho msam=0.2,msam=0.5,msam=1
+    python benchmarks/compare.py --optimizers sgd msam --rho msam=0.2 msam=0.5 msam=1
+    python benchmarks/compare.py --optimizers sgd my_module:make --learning-rate 0.1
     srun python benchmarks/compare.py --distributed
 """
 
@@ -18,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import arguments, distributed
 from benchmarks.reports import report
@@ -30,6 +30,7 @@ from benchmarks.reports.comparison import (
     save,
     summarise,
 )
+from benchmarks.reports.progress import progress
 from benchmarks.tasks import optimizers, training
 
 _DEFAULT_OPTIMIZERS = ("sgd", "nag", "adam", "msam", "sam", "ae_sam", "looksam")
@@ -80,7 +81,7 @@ def _trainer(task: training.Task, contender: Contender) -> training.Trainer:
         contender.weight_decay,
         task.total_steps,
     )
-    method = optimizers.METHODS[contender.optimizer]
+    method = optimizers.find(contender.optimizer)
     return training.Trainer(task, method.build(setting), method.extra_gradient)
 
 
@@ -117,23 +118,20 @@ def _measure(
     )
 
 
-def _rhos(text: str) -> list[tuple[str, float]]:
-    pairs = []
-    for item in text.split(","):
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise argparse.ArgumentTypeError(
-                f"name=value is needed, for instance msam=1, but {item!r} was given."
-            )
-        if name not in optimizers.METHODS:
-            raise argparse.ArgumentTypeError(
-                f"no optimizer is called {name!r}: choose from "
-                f"{', '.join(optimizers.METHODS)}."
-            )
-        if optimizers.METHODS[name].base is None:
-            raise argparse.ArgumentTypeError(f"{name} has no rho.")
-        pairs.append((name, arguments.finite(value)))
-    return pairs
+def _name(text: str) -> str:
+    optimizers.find(text)
+    return text
+
+
+def _rho(text: str) -> tuple[str, float]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(
+            f"name=value is needed, for instance msam=1, but {text!r} was given."
+        )
+    if optimizers.find(name).base is None:
+        raise ValueError(f"{name} has no rho.")
+    return name, arguments.finite(value)
 
 
 def _parser() -> arguments.Parser:
@@ -141,21 +139,22 @@ def _parser() -> arguments.Parser:
     arguments.add_task_arguments(parser, seeds=10, weight_decay=None)
     parser.add_argument(
         "--optimizers",
-        nargs="+",
-        choices=optimizers.METHODS,
+        action=arguments.Several,
+        read=_name,
         default=_DEFAULT_OPTIMIZERS,
         metavar="NAME",
-        help=f"what is compared, of {', '.join(optimizers.METHODS)} "
-        f"(default: {' '.join(_DEFAULT_OPTIMIZERS)})",
+        help=f"what is compared, of {', '.join(optimizers.METHODS)}, or one of your "
+        "own: module:function, which makes an optimizer of a Setting, see "
+        f"benchmarks/tasks/optimizers.py (default: {' '.join(_DEFAULT_OPTIMIZERS)})",
     )
     parser.add_argument(
         "--rho",
-        type=_rhos,
-        action="extend",
-        default=[],
-        metavar="NAME=VALUE,...",
+        action=arguments.Several,
+        read=_rho,
+        default=(),
+        metavar="NAME=VALUE",
         help="radii in the place of the tuned ones; several for one optimizer, as in "
-        "msam=0.5,msam=1, make a row each",
+        "msam=0.5 msam=1, make a row each",
     )
     parser.add_argument(
         "--learning-rate",
@@ -204,7 +203,7 @@ def _contenders(
     untuned = [name for name in args.optimizers if name not in tuned]
     if tuned and untuned:
         source += f"; defaults, not tuned, for {', '.join(untuned)}"
-    flags: dict[str, Any] = {"learning_rate": None, "weight_decay": None, "rho": []}
+    flags: dict[str, Any] = {"learning_rate": None, "weight_decay": None, "rho": ()}
     given = [f"--{key}" for key, unset in flags.items() if getattr(args, key) != unset]
     if given:
         source += f", but for {' and '.join(given).replace('_', '-')}"
@@ -235,21 +234,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(quiet=not first)
     runs: list[Run] = []
     interrupted = False
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f}%"),
-        TimeRemainingColumn(),
-        console=console,
-        # The bar shares the cores with what it measures.
-        refresh_per_second=2,
-    ) as progress:
-        bar = progress.add_task(
-            "starting", total=len(contenders) * args.seeds * args.epochs
-        )
+    with progress(len(contenders) * args.seeds * args.epochs, console) as bar:
 
         def on_epoch(label: str, advance: int) -> None:
-            progress.update(bar, description=label, advance=advance)
+            bar.describe(label)
+            bar.advance(advance)
 
         try:
             for run in compare(task, contenders, args.seeds, on_epoch):

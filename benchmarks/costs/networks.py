@@ -15,6 +15,7 @@ import optax
 
 import msam_optax
 from benchmarks.tasks import models
+from benchmarks.tasks.losses import classified, cross_entropy
 from msam_optax.flax.linen import linen_loss
 
 KEY = jax.eval_shape(partial(jax.random.key, 0))
@@ -94,17 +95,12 @@ class _ResNet50(nn.Module):
 def _images(model: nn.Module, size: int) -> Network:
     """A Linen model on two square images."""
 
-    def losses(logits, batch):
-        return optax.losses.softmax_cross_entropy_with_integer_labels(
-            logits, batch[1]
-        ), {}
-
     images = _floats(2, size, size, 3)
     init = partial(model.init, train=False)
     variables = dict(jax.eval_shape(init, KEY, images))
     params = variables.pop("params")
     labels = jax.ShapeDtypeStruct((2,), jnp.int32)
-    loss_fn = linen_loss(model, losses, train=True)
+    loss_fn = linen_loss(model, classified, train=True)
     return Network(loss_fn, params, variables, (images, labels))
 
 
@@ -150,9 +146,7 @@ def gpt(
             for p in params["layers"]:
                 x = layer(x, p)
         logits = norm(x, params["norm"]) @ params["tokens"].T
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-            logits[:, :-1], batch[:, 1:]
-        )
+        losses = cross_entropy(logits[:, :-1], batch[:, 1:])
         return losses.mean(axis=-1), (model_state, {})
 
     shapes = {

@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.figures import common
+from benchmarks.reports.progress import progress
 from benchmarks.tasks import optimizers
 from msam_optax import plotting
 from msam_optax.plotting import Estimates
@@ -30,7 +31,7 @@ def compute(study: common.Study) -> list[dict[str, Any]]:
     usual = study.with_epochs(max(study.task.epochs // 2, 1))._replace(tuned={})
     settings = [study, usual] if study.tuned else [study]
     rows = []
-    with common.progress(len(settings) * len(METHODS) * len(study.seeds)) as bar:
+    with progress(len(settings) * len(METHODS) * len(study.seeds)) as bar:
         for chosen in settings:
             for method in METHODS:
                 rows += _runs(chosen, method, bar)

@@ -6,7 +6,6 @@ import csv
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -15,10 +14,10 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import arguments
 from benchmarks.reports import report
+from benchmarks.reports.progress import progress
 from benchmarks.tasks import optimizers, training
 from msam_optax.plotting import Estimates
 
@@ -171,33 +170,6 @@ def open_study(
         task=arguments.load_task(parser, args),
         tuned=optimizers.load_tuned(args.dataset, args.model)[0],
     )
-
-
-class Bar:
-    """A progress bar's handle."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress = progress
-        self._task = progress.add_task("starting", total=total)
-
-    def describe(self, text: str) -> None:
-        self._progress.update(self._task, description=text)
-
-    def advance(self) -> None:
-        self._progress.advance(self._task)
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Bar]:
-    """Shows how much of `total` is done, and what is going on."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f}%"),
-        TimeRemainingColumn(),
-        refresh_per_second=2,  # the bar shares the cores with what it shows
-    ) as shown:
-        yield Bar(shown, total)
 
 
 def grouped(

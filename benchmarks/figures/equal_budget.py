@@ -20,6 +20,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.figures import common
+from benchmarks.reports.progress import progress
 from msam_optax.plotting import plot_estimates
 
 # Gradients a step.
@@ -45,7 +46,7 @@ def compute(study: common.Study) -> list[dict[str, Any]]:
     ]
     rows = []
     trainers = {}
-    with common.progress(len(runs) * len(study.seeds)) as bar:
+    with progress(len(runs) * len(study.seeds)) as bar:
         for budget, method, rate, rho in runs:
             epochs = max(1, budget // COSTS[method])
             if (method, epochs) not in trainers:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.figures import common
 from benchmarks.reports import report, tables
+from benchmarks.reports.progress import progress
 from benchmarks.tasks import training
 from msam_optax import plotting
 
@@ -30,7 +31,7 @@ def compute(study: common.Study) -> list[dict[str, Any]]:
     """One row a method, label noise and seed."""
     task, seeds, noises = study.task, study.seeds, study.settings["label_noise"]
     rows = []
-    with common.progress(len(METHODS) * len(noises) * len(seeds) * task.epochs) as bar:
+    with progress(len(METHODS) * len(noises) * len(seeds) * task.epochs) as bar:
         for method in METHODS:
             setting = study.setting(method)
             trainer = study.trainer(method)

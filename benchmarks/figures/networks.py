@@ -9,6 +9,7 @@ import jax
 import optax
 
 from benchmarks.figures import common
+from benchmarks.tasks.losses import cross_entropy
 from msam_optax.sharpness import filter_normalized_direction, mean_gradient
 
 # Examples at once, so that large data sets fit into memory.
@@ -113,4 +114,4 @@ def _batches(
 def _loss(model: nn.Module, params: Any, batch: Any) -> jax.Array:
     images, labels, model_state = batch
     logits = model.apply({"params": params, **model_state}, images, train=False)
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return cross_entropy(logits, labels).mean()

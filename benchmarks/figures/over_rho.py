@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 
 from benchmarks.figures import common
+from benchmarks.reports.progress import progress
 from benchmarks.tasks import training
 from msam_optax.plotting import Estimates, plot_estimates
 
@@ -42,7 +43,7 @@ def compute(study: common.Study, sweeps: Mapping[str, Sweep]) -> list[dict[str, 
         for rho in sweep.rhos(rate)
     ]
     rows = []
-    with common.progress(len(runs)) as bar:
+    with progress(len(runs)) as bar:
         for seed, rate, method, trainer, rho in runs:
             bar.describe(f"{method} ρ={rho:g}, seed {seed + 1} of {len(study.seeds)}")
             *_, last = trainer.epochs(seed, learning_rate=rate, rho=rho)

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 import msam_optax
 from benchmarks.figures import common
+from benchmarks.reports.progress import progress
 from benchmarks.tasks import optimizers, training
 from msam_optax import plotting
 
@@ -85,7 +86,7 @@ def compute(study: common.Study) -> list[dict[str, Any]]:
     # The last step of each epoch is among those that are kept.
     kept = steps[(steps + 1) % task.steps_per_epoch % stride == 0]
     rows = []
-    with common.progress(len(study.seeds)) as bar:
+    with progress(len(study.seeds)) as bar:
         for seed in study.seeds:
             bar.describe(f"AE-SAM, seed {seed + 1} of {len(study.seeds)}")
             *_, epoch = trainer.epochs(seed)

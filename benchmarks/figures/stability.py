@@ -31,6 +31,7 @@ from benchmarks.figures.stability_variants import (
     final_state,
 )
 from benchmarks.reports import report, tables
+from benchmarks.reports.progress import progress
 from benchmarks.tasks import data, training
 from msam_optax import plotting
 
@@ -94,7 +95,7 @@ def compute(study: common.Study) -> list[dict[str, Any]]:
     trainings = {name: compiled(study.task.model, name, decay) for name in VARIANTS}
     plain: dict[tuple[str, Point, int], float] = {}
     rows = []
-    with common.progress(len(plan) * len(study.seeds)) as bar:
+    with progress(len(plan) * len(study.seeds)) as bar:
         for dataset, variant, point in plan:
             task = tasks[dataset]
             bar.describe(f"{dataset}, {variant}, rho {point.rho:g}")

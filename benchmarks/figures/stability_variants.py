@@ -11,6 +11,7 @@ import optax
 
 import msam_optax
 from benchmarks.tasks import data, training
+from benchmarks.tasks.losses import classified
 from msam_optax.flax.linen import init_linen, linen_loss
 
 # How much of the training goes without a perturbation in "zero in warm-up".
@@ -119,12 +120,7 @@ def compiled(model: nn.Module, variant: str, weight_decay: float) -> Run:
     Returns:
       What `final_state` needs.
     """
-
-    def losses(logits, batch):
-        loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch[1])
-        return loss, {}
-
-    loss_fn = linen_loss(model, losses, train=True)
+    loss_fn = linen_loss(model, classified, train=True)
 
     def run(point, key, images, labels, indices):
         total_steps = len(indices)

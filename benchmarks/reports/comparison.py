@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.reports import comparison_figures, report
+from benchmarks.reports import comparison_figures, report, tables
 
 # Wide enough for the table, whatever the terminal or file.
 TABLE_WIDTH = 120
@@ -149,9 +147,8 @@ def print_report(
         f"{settings['dataset']}, {settings['model']}, {noise}, "
         f"{settings['epochs']} epochs, {settings['seeds']} seeds"
     )
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    table.add_column("optimizer", no_wrap=True)
-    for header in (
+    headers = (
+        "optimizer",
         "learn.\nrate",
         "ρ",
         "decay",
@@ -164,26 +161,8 @@ def print_report(
         "time\n/ SGD",
         "SAM\nsteps",
         "largest\neigenv.",
-    ):
-        table.add_column(header, justify="right", no_wrap=True)
-    for row in rows:
-        rho = row.contender.rho
-        table.add_row(
-            row.contender.optimizer,
-            f"{row.contender.learning_rate:g}",
-            "" if rho is None else f"{rho:g}",
-            f"{row.contender.weight_decay:g}",
-            row.final_accuracy.percent(),
-            row.best_accuracy.percent(),
-            "" if math.isnan(row.gain.mean) else row.gain.percent(sign="+"),
-            row.train_accuracy.percent(),
-            f"{row.test_loss.mean:.3f}",
-            f"{row.gradients:.0f}",
-            "" if math.isnan(row.relative_time) else f"{row.relative_time:.2f}",
-            f"{row.sam_fraction:.0%}",
-            f"{row.sharpness.mean:.2f}",
-        )
-    console.print(table)
+    )
+    tables.show(console, tables.Table("", headers, [_cells(row) for row in rows]))
     for line in (
         "±: 95% interval of the mean. Final - SGD: difference to SGD with the same "
         "seed, in points.",
@@ -206,6 +185,25 @@ def print_report(
                 f"{row.contender}: {row.diverged} of {row.runs} runs diverged to a "
                 "loss that is not finite; their accuracies are as measured."
             )
+
+
+def _cells(row: Row) -> list[str]:
+    rho = row.contender.rho
+    return [
+        row.contender.optimizer,
+        f"{row.contender.learning_rate:g}",
+        "" if rho is None else f"{rho:g}",
+        f"{row.contender.weight_decay:g}",
+        row.final_accuracy.percent(),
+        row.best_accuracy.percent(),
+        "" if math.isnan(row.gain.mean) else row.gain.percent(sign="+"),
+        row.train_accuracy.percent(),
+        f"{row.test_loss.mean:.3f}",
+        f"{row.gradients:.0f}",
+        "" if math.isnan(row.relative_time) else f"{row.relative_time:.2f}",
+        f"{row.sam_fraction:.0%}",
+        f"{row.sharpness.mean:.2f}",
+    ]
 
 
 def save(

@@ -45,16 +45,23 @@ def flat(cost: Any) -> dict[str, Any]:
 def show(console: Console, table: Table) -> None:
     """Prints a table."""
     rich_table = RichTable(
-        title=table.title,
+        title=table.title or None,
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     for index, header in enumerate(table.headers):
-        rich_table.add_column(header, justify="left" if index == 0 else "right")
+        justify = "left" if index == 0 else "right"
+        rich_table.add_column(header, justify=justify, no_wrap=True)
     for row in table.rows:
         rich_table.add_row(*row)
     console.print(rich_table)
+
+
+def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown, numbers to the right."""
+    align = ["---", *["---:"] * (len(headers) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (headers, align, *rows)]
 
 
 def write_markdown(
@@ -67,11 +74,7 @@ def write_markdown(
     """Writes tables, how to read them, and what is needed to measure them again."""
     lines = [f"# {title}", ""]
     for table in tables:
-        align = ["---", *["---:"] * (len(table.headers) - 1)]
-        rows = [table.headers, align, *table.rows]
-        lines += [f"## {table.title}", ""]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
-        lines.append("")
+        lines += [f"## {table.title}", "", *markdown(table.headers, table.rows), ""]
     lines += [f"- {note}" for note in notes]
     lines += ["", f"Command: `{provenance['command']}`", ""]
     for key in ("machine", "versions"):

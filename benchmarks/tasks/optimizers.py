@@ -3,8 +3,11 @@
 To add one, add an entry to `METHODS`.
 """
 
+import importlib
 import json
+import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,6 +180,34 @@ METHODS: dict[str, Method] = {
 }
 
 
+@cache
+def find(name: str) -> Method:
+    """A method by its name, or one of your own by `module:function`.
+
+    The function makes the optimizer of a :class:`Setting`, as `Method.build` does. The
+    module is looked for in the folder that the command runs in, too.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(
+            f"no optimizer is called {name!r}: choose from {', '.join(METHODS)}, or "
+            "give one of your own as module:function."
+        )
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name!r} can't be imported ({error}).") from error
+    return Method(build, 0.0, SAM, "sgd")
+
+
 def _around_adamw(
     method: Callable[..., optax.GradientTransformation],
 ) -> Build:
@@ -251,12 +282,13 @@ def hyperparameters(
     name: str, tuned: dict[str, dict[str, float]]
 ) -> tuple[float, float | None]:
     """Learning rate and rho of a method: the tuned ones, or else its defaults."""
-    method = METHODS[name]
+    method = find(name)
     if name in tuned:
         return tuned[name]["learning_rate"], tuned[name].get("rho")
     if method.base is None:
         return method.default, None
-    return hyperparameters(method.base, tuned)[0], method.default
+    # One of your own has no rho unless it is given.
+    return hyperparameters(method.base, tuned)[0], method.default or None
 
 
 # What `study.py` tuned, by dataset and model, as compare.py trains them.

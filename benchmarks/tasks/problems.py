@@ -7,13 +7,11 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from benchmarks.tasks import data, models, text
+from benchmarks.tasks.losses import cross_entropy
 from benchmarks.tasks.runs import Inputs, Problem
 from msam_optax.flax.linen import init_linen, linen_loss
-
-_cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 
 
 def digits(
@@ -108,7 +106,7 @@ def _init(model: nn.Module, example: Callable[[Any], Any]) -> Callable[..., Any]
 
 def _loss(model: nn.Module) -> Callable[..., Any]:
     def losses(logits, batch):
-        return _cross_entropy(logits, batch[1]).mean(), {}
+        return cross_entropy(logits, batch[1]).mean(), {}
 
     return linen_loss(model, losses, train=True)
 
@@ -117,4 +115,4 @@ def _evaluate(model: nn.Module, params: Any, examples: Any) -> Any:
     inputs, labels, *_ = examples
     logits = model.apply({"params": params}, inputs, train=False)
     hits = jnp.argmax(logits, axis=-1) == labels
-    return hits.mean(), _cross_entropy(logits, labels).mean()
+    return hits.mean(), cross_entropy(logits, labels).mean()

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import msam_optax
 from benchmarks.tasks import data
+from benchmarks.tasks.losses import classified, cross_entropy
 from msam_optax.flax.linen import init_linen, linen_loss, recalibrate_batch_stats
 from msam_optax.sharpness import hessian_eigenvalues
 
@@ -158,10 +159,7 @@ class Trainer:
         optimizer: optax.GradientTransformation,
         extra_gradient: float = 1.0,
     ) -> None:
-        def losses(logits, batch):
-            return _cross_entropy(logits, batch[1]), {}
-
-        self.loss_fn = linen_loss(task.model, losses, train=True)
+        self.loss_fn = linen_loss(task.model, classified, train=True)
         self._task = task
         self._extra_gradient = extra_gradient
         self._step = msam_optax.make_train_step(self.loss_fn, optimizer)
@@ -306,10 +304,6 @@ def _chunks(count: int) -> list[slice]:
     return [slice(start, start + _EVALUATION_BATCH) for start in starts]
 
 
-def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-
 def _logits(model, weights, images):
     variables = {"params": weights.params, **weights.model_state}
     return model.apply(variables, images, train=False)
@@ -320,7 +314,7 @@ def _mean_loss(model: nn.Module) -> Callable[[Any, Any], jax.Array]:
     def loss(params, batch):
         images, labels, model_state = batch
         logits = _logits(model, Weights(params, model_state), images)
-        return _cross_entropy(logits, labels).mean()
+        return cross_entropy(logits, labels).mean()
 
     return loss
 
@@ -328,13 +322,13 @@ def _mean_loss(model: nn.Module) -> Callable[[Any, Any], jax.Array]:
 @partial(jax.jit, static_argnums=0)
 def _hits_and_losses(model, weights, images, labels):
     logits = _logits(model, weights, images)
-    return jnp.argmax(logits, axis=-1) == labels, _cross_entropy(logits, labels)
+    return jnp.argmax(logits, axis=-1) == labels, cross_entropy(logits, labels)
 
 
 @partial(jax.jit, static_argnums=0)
 def _loss_gradient(model, weights, images, labels):
     def loss(params):
         logits = _logits(model, weights._replace(params=params), images)
-        return _cross_entropy(logits, labels).sum()
+        return cross_entropy(logits, labels).sum()
 
     return jax.grad(loss)(weights.params)

@@ -8,6 +8,7 @@ import optax
 
 import msam_optax
 from benchmarks.tasks import models
+from benchmarks.tasks.losses import classified
 from msam_optax.flax.linen import linen_loss
 
 # The cost of a step does not depend on what the images show.
@@ -105,12 +106,6 @@ def problem(workload: Workload) -> Problem:
     """Initialises the model and draws the batches."""
     model = models.build(workload.model, workload.num_classes, **workload.overrides)
 
-    def loss(logits, batch):
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-            logits, batch[1]
-        )
-        return losses, {}
-
     @jax.jit
     def start(key):
         key, *keys = jax.random.split(key, 1 + BATCHES)
@@ -126,4 +121,6 @@ def problem(workload: Workload) -> Problem:
 
     variables, batches = start(jax.random.key(0))
     params = variables.pop("params")
-    return Problem(linen_loss(model, loss, train=True), params, variables, batches)
+    return Problem(
+        linen_loss(model, classified, train=True), params, variables, batches
+    )

@@ -52,8 +52,8 @@ class Output:
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Output:
     out = tmp_path_factory.mktemp("compare")
-    rhos = ["--rho", "msam=0.1,msam=0.3", "--rho", "ae_sam=1e30"]
-    contenders = ["--optimizers", "sgd", "sam", "msam", "ae_sam", *rhos]
+    rhos = ["--rho", "msam=0.1", "msam=0.3,", "--rho", "ae_sam=1e30"]
+    contenders = ["--optimizers", "sgd,sam", "msam", "ae_sam", *rhos]
     with pytest.MonkeyPatch.context() as patch:
         # The terminal's width must not matter.
         patch.setenv("COLUMNS", "40")
@@ -173,6 +173,9 @@ def test_interrupt_before_the_first_run_ends(
         (["--rho", "msam"], "name=value is needed, for instance msam=1"),
         (["--rho", "mam=1"], "no optimizer is called 'mam': choose from sgd, "),
         (["--rho", "sgd=1"], "argument --rho: sgd has no rho"),
+        (["--optimizers", "sgd,no_such:make"], "'no_such:make' can't be imported"),
+        (["--optimizers", "json:no_such"], "'json:no_such' can't be imported"),
+        (["--optimizers", ","], "argument --optimizers: expected at least one"),
         (["--rho", "msam=nan"], "argument --rho: a finite number is needed"),
         (["--rho", "asam=1"], "argument --rho: asam is not among the --optimizers"),
         (["--dataset", "mnist"], "argument --dataset: invalid choice: 'mnist'"),
@@ -246,6 +249,33 @@ def test_runs_are_compared_with_sgd_of_the_same_seed() -> None:
 
 
 # Optimizers.
+
+
+def test_one_of_your_own_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "of_mine.py").write_text(
+        "import optax\n"
+        "def make(setting):\n"
+        "    assert setting.rho in (0, 0.5) and setting.weight_decay == 0.25\n"
+        "    return optax.adam(setting.schedule)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    name = "of_mine:make"
+    flags = ["--optimizers", f"{name},sgd", "--epochs", "1", "--weight-decay", "0.25"]
+    argv = [*FAST, *flags, "--learning-rate", "0.001", "--seeds", "1", "--out", "out"]
+    assert compare.main(argv) == 0
+    assert name in capsys.readouterr().out
+    table = json.loads(Path("out/results.json").read_text())["table"]
+    assert [(row["optimizer"], row["rho"]) for row in table] == [
+        (name, None),
+        ("sgd", None),
+    ]
+    given, _ = compare._contenders(
+        compare._parser(),
+        compare._parser().parse_args(["--optimizers", name, "--rho", f"{name}=0.5"]),
+    )
+    assert [contender.rho for contender in given] == [0.5]
 
 
 @pytest.mark.parametrize("name", optimizers.METHODS)

@@ -10,7 +10,7 @@ from msam_optax import methods
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "docs"
-PAGES = ["README.md", "CONTRIBUTING.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
 PAGES += [
     page.relative_to(ROOT).as_posix()
     for page in sorted([*SITE.glob("*.md"), *SITE.glob("guides/*.md")])
@@ -34,7 +34,7 @@ def test_code_blocks_run_in_order(page):
         exec(compile(block, page, "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", PAGES[:2] + WITHOUT_CODE)
+@pytest.mark.parametrize("page", PAGES[:3] + WITHOUT_CODE)
 def test_linked_files_exist(page):
     path = ROOT / page
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", path.read_text())
