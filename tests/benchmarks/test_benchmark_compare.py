@@ -169,7 +169,10 @@ def test_interrupt_before_the_first_run_ends(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--optimizers", "sdg"], "argument --optimizers: invalid choice: 'sdg'"),
+        (
+            ["--optimizers", "sdg"],
+            "argument --optimizers: no optimizer is called 'sdg'",
+        ),
         (["--rho", "msam"], "name=value is needed, for instance msam=1"),
         (["--rho", "mam=1"], "no optimizer is called 'mam': choose from sgd, "),
         (["--rho", "sgd=1"], "argument --rho: sgd has no rho"),

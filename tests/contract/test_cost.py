@@ -270,7 +270,7 @@ def placed(mesh: Mesh, state: mo.TrainState) -> tuple[mo.TrainState, Any]:
     return place(state), place(structs()[1], "data")
 
 
-def all_reduces() -> dict[str, float]:
+def all_reduces() -> dict[str, Any]:
     """All-reduced gradients of a step on eight devices; for a process of its own."""
     jax.config.update("jax_num_cpu_devices", 8)
     mesh = Mesh(np.array(jax.devices()), ("data",))
@@ -280,14 +280,43 @@ def all_reduces() -> dict[str, float]:
         "adamw_msam": mo.adamw_msam(LR),
         "sam": mo.sam(sgd(), RHO),
     }
-    counts = {
+    counts: dict[str, Any] = {
         name: all_reduced(data_parallel(tx, mesh)) for name, tx in methods.items()
     }
-    return counts | {"m-sharpness": all_reduced(m_sharpness(mesh))}
+    counts["m-sharpness"] = all_reduced(m_sharpness(mesh))
+    counts["of scalars"] = {
+        name: [scalars_all_reduced(tx, mesh, tensors) for tensors in (2, 6)]
+        for name, tx in methods.items()
+        if name != "sgd"
+    }
+    return counts
+
+
+def scalars_all_reduced(
+    tx: optax.GradientTransformation, mesh: Mesh, tensors: int
+) -> int:
+    """All-reduces of scalars alone in a step whose parameters are shared out."""
+    kernel = structs()[0]["layer0"]
+    params = {f"{i}": kernel for i in range(tensors)}
+
+    def place(leaf: Any) -> Any:
+        spec = PartitionSpec("data") if leaf.ndim else PartitionSpec()
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    state = mo.TrainState(params, jax.eval_shape(tx.init, params))
+    state, batch = jax.tree.map(place, (state, structs()[1]))
+    out = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = mo.make_train_step(loss_fn, tx, dispatch="in_graph")
+    jitted = jax.jit(step, out_shardings=(out, None))
+    program = jitted.lower(state, batch, KEY).compile().as_text() or ""
+    results = re.findall(r" = (.*?) all-reduce\(", program)
+    assert any("f32[32,32]" in result for result in results)
+    return sum("f32[]" in r and not re.search(r"f32\[\d", r) for r in results)
 
 
 @needs_meshes
-def test_gradients_all_reduced_in_a_step():
+def test_gradients_and_scalars_all_reduced_in_a_step():
     process = subprocess.run(
         [sys.executable, "-m", "tests.contract.test_cost"],
         capture_output=True,
@@ -301,6 +330,9 @@ def test_gradients_all_reduced_in_a_step():
         "adamw_msam": 1,
         "sam": 2,
         "m-sharpness": 1,
+        # One for the metrics' norms and one for the loss or for a norm of the method;
+        # the tensors' shares of a norm travel together, or with their gradients.
+        "of scalars": {name: [2, 2] for name in ("msam", "adamw_msam", "sam")},
     }
 
 
