@@ -12,6 +12,20 @@ import optax
 import pytest
 
 import msam_optax as mo
+from tests.against_recursions import (
+    DECAY,
+    DECAYED_SGD,
+    MU,
+    RHO,
+    SGD,
+    by_tensor,
+    decayed_sgd,
+    distance,
+    lr,
+    on_both,
+    ramp,
+    recur,
+)
 from tests.problems import (
     STEPS,
     Problem,
@@ -27,20 +41,6 @@ from tests.reference.recursions import Tree, norm, unit
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-MU, RHO, DECAY = 0.9, 0.2, 0.05
-
-on_both = pytest.mark.parametrize("problem", [mlp(), quadratic()], ids=repr)
-
-
-def lr(t: Any) -> Any:
-    """A learning-rate schedule for the library and for the recursions alike."""
-    return 0.1 / (1 + 0.05 * t)
-
-
-def ramp(t: Any) -> Any:
-    """A rho schedule that changes on every step."""
-    return 0.02 * (t + 1) / (1 + 0.01 * t * t)
-
 
 def late(t: Any) -> Any:
     """A rho schedule that is zero for ten steps."""
@@ -55,32 +55,6 @@ def employed(state: Any, params: Any) -> Any:
     return optax.tree_utils.tree_get(state, "EmployState").employed
 
 
-def decayed_sgd(**options: Any) -> optax.GradientTransformation:
-    """SGD with the weight decay where the recursions have it."""
-    options = {"learning_rate": lr, "momentum": MU, **options}
-    return optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(**options))
-
-
-def distance(iterates: Any, others: Any) -> float:
-    """The largest difference between two trajectories, at any step, in any entry."""
-
-    def tensors(tree: Any) -> list[np.ndarray]:
-        return list(tree.values()) if isinstance(tree, Tree) else jax.tree.leaves(tree)
-
-    assert len(iterates) == len(others) > 0
-    differences = [
-        np.max(np.abs(x - y))
-        for tree, other in zip(iterates, others, strict=True)
-        for x, y in zip(tensors(tree), tensors(other), strict=True)
-    ]
-    return float(np.max(differences))
-
-
-def recur(recursion: Callable, problem: Problem, **options: Any) -> Any:
-    """A recursion's iterates on a problem."""
-    return recursion(problem.named_grad, problem.named_params, STEPS, **options)
-
-
 # --- MSAM: perturbed and clean iterates -----------------------------------------------
 
 
@@ -91,9 +65,6 @@ class Case(NamedTuple):
     recursion: Callable
     options: dict[str, Any]
 
-
-SGD: dict[str, Any] = dict(lr=lr, momentum=MU)
-DECAYED_SGD: dict[str, Any] = dict(**SGD, weight_decay=DECAY)
 
 MSAM_CASES = {
     "constant": Case(
@@ -316,11 +287,6 @@ def test_ae_sam_is_its_recursion(setting, thresholds, problem):
 # --- The plausible wrong versions are far away ----------------------------------------
 #
 # Each recursion below has one thing wrong; with nothing wrong it is the library's.
-
-
-def by_tensor(x: Tree) -> Tree:
-    """Each tensor divided by its own norm."""
-    return Tree({name: tensor / np.linalg.norm(tensor) for name, tensor in x.items()})
 
 
 def twisted_msam(
