@@ -81,7 +81,7 @@ class Several(argparse.Action):
     """Values given apart by spaces, by commas, or by the flag once more."""
 
     def __init__(self, *args: Any, read: Callable[[str], Any], **options: Any) -> None:
-        super().__init__(*args, nargs="+", **options)
+        super().__init__(*args, **{**options, "nargs": "+"})
         self._read = read
 
     def __call__(self, parser, namespace, values, option_string=None):

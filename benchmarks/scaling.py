@@ -204,13 +204,15 @@ def measure(part: str, quick: bool, out: Path, commit: str, most: int = 0) -> bo
     return True
 
 
-def _measure_simulated(*args: Any, devices: int) -> bool:
+def _measure_simulated(
+    part: str, quick: bool, out: Path, commit: str, devices: int
+) -> bool:
     """`measure` in a process of so many devices."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
         1, mp_context=spawn, initializer=sharding.simulate, initargs=(devices,)
     ) as pool:
-        return pool.submit(measure, *args, devices).result()
+        return pool.submit(measure, part, quick, out, commit, devices).result()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -220,13 +222,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     provenance = report.provenance("scaling.py", argv)
     for part in args.parts or PARTS:
-        found = part, args.quick, args.out, provenance["commit"]
-        if part in _SIMULATED:
-            for devices in (8, 64, 256, 1024):
-                if _measure_simulated(*found, devices=devices):
-                    break
-        else:
-            measure(*found)
+        told = part, args.quick, args.out, provenance["commit"]
+        if part not in _SIMULATED:
+            measure(*told)
+            continue
+        for devices in (8, 64, 256, 1024):
+            if _measure_simulated(*told, devices):
+                break
     rows = {
         part: Record(args.out / f"{part}.jsonl", entry.key).rows
         for part, entry in PARTS.items()

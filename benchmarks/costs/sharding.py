@@ -125,9 +125,9 @@ def _m_sharpness(network: Network, mesh: Mesh) -> jax.stages.Lowered:
         params = jax.lax.pcast(params, "data", to="varying")
 
         def loss(params):
-            losses, _ = network.loss_fn(
+            losses: Any = network.loss_fn(
                 params, network.model_state, batch, jax.random.key(0)
-            )
+            )[0]
             return jnp.mean(losses)
 
         grad_fn = jax.grad(loss)

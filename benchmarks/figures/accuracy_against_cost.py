@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.figures import common
-from benchmarks.reports.progress import progress
+from benchmarks.reports.progress import Bar, progress
 from benchmarks.tasks import optimizers
 from msam_optax import plotting
 from msam_optax.plotting import Estimates
@@ -38,7 +38,7 @@ def compute(study: common.Study) -> list[dict[str, Any]]:
     return rows
 
 
-def _runs(study: common.Study, method: str, bar: common.Bar) -> list[dict[str, Any]]:
+def _runs(study: common.Study, method: str, bar: Bar) -> list[dict[str, Any]]:
     setting = study.setting(method)
     trainer = study.trainer(method)
     extra_gradient = optimizers.METHODS[method].extra_gradient

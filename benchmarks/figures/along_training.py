@@ -46,7 +46,8 @@ class Observer:
         steps: Collection[int],
     ) -> None:
         def loss(params, model_state, batch, key):
-            return jnp.mean(trainer.loss_fn(params, model_state, batch, key)[0])
+            losses: Any = trainer.loss_fn(params, model_state, batch, key)[0]
+            return jnp.mean(losses)
 
         self._trainer = trainer
         self._measure = measure

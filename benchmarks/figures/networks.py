@@ -113,5 +113,5 @@ def _batches(
 
 def _loss(model: nn.Module, params: Any, batch: Any) -> jax.Array:
     images, labels, model_state = batch
-    logits = model.apply({"params": params, **model_state}, images, train=False)
+    logits: Any = model.apply({"params": params, **model_state}, images, train=False)
     return cross_entropy(logits, labels).mean()

@@ -51,8 +51,9 @@ def show(console: Console, table: Table) -> None:
         padding=(0, 1, 0, 0),
     )
     for index, header in enumerate(table.headers):
-        justify = "left" if index == 0 else "right"
-        rich_table.add_column(header, justify=justify, no_wrap=True)
+        rich_table.add_column(
+            header, justify="right" if index else "left", no_wrap=True
+        )
     for row in table.rows:
         rich_table.add_row(*row)
     console.print(rich_table)

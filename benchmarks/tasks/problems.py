@@ -113,6 +113,6 @@ def _loss(model: nn.Module) -> Callable[..., Any]:
 
 def _evaluate(model: nn.Module, params: Any, examples: Any) -> Any:
     inputs, labels, *_ = examples
-    logits = model.apply({"params": params}, inputs, train=False)
+    logits: Any = model.apply({"params": params}, inputs, train=False)
     hits = jnp.argmax(logits, axis=-1) == labels
     return hits.mean(), cross_entropy(logits, labels).mean()

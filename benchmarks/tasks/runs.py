@@ -95,8 +95,9 @@ def make_run(
     """
 
     def run(hyperparameters, inputs):
+        rate, rho, decay = hyperparameters
         setting = optimizers.Setting(
-            *hyperparameters, total_steps=problem.total_steps, seed=inputs.seed
+            rate, rho, decay, problem.total_steps, seed=inputs.seed
         )
         optimizer = build(setting)
         step = msam_optax.make_train_step(

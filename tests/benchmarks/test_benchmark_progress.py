@@ -8,12 +8,12 @@ from rich.console import Console
 from benchmarks.reports import progress
 
 
-def lines(monkeypatch: pytest.MonkeyPatch, seconds: float, **options: bool) -> str:
+def lines(monkeypatch: pytest.MonkeyPatch, seconds: float, quiet: bool = False) -> str:
     """What is told outside a terminal of four steps so many seconds apart."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     file = io.StringIO()
-    with progress.progress(4, Console(file=file, **options)) as bar:
+    with progress.progress(4, Console(file=file, quiet=quiet)) as bar:
         for step in range(4):
             now[0] += seconds
             bar.describe(f"step {step}")
