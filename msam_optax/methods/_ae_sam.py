@@ -19,12 +19,16 @@ def ae_sam(
 ) -> optax.GradientTransformationExtraArgs:
     """Adaptively employed SAM: SAM in sharp regions, the plain gradient elsewhere.
 
-    *Cost*: about half an extra gradient a step with the defaults. *State*: the
-    optimizer's, and eight scalars (nine where rho is a schedule). *Position*:
-    ``update`` needs ``params`` and ``grad_fn``.
+    *Cost*: about half an extra gradient a step with the defaults. *State*: eight
+    scalars. *Position*: outermost.
+
+    The policy is :func:`msam_optax.policies.adaptive`, which has the mathematics.
+    With total_steps far from the truth the threshold does not fall, or at once: look
+    at the state's ``threshold`` and at the share of steps employed, which
+    :func:`msam_optax.make_train_step` tells.
 
     Args:
-      optimizer: the whole base optimizer, weight decay included.
+      optimizer: the whole base optimizer, clipping and weight decay included.
       rho: radius; a float or a schedule over training steps.
       total_steps: number of steps of the whole training.
       delta: decay rate of the statistics, in [0, 1).
@@ -32,9 +36,7 @@ def ae_sam(
       lambda_2: threshold at the start, in standard deviations.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs`; its errors are those of
-      :func:`msam_optax.sharpness_aware_gradient` and ``adaptive``, which also has the
-      mathematics.
+      A :class:`optax.GradientTransformationExtraArgs`.
 
     >>> import msam_optax, optax
     >>> tx = msam_optax.ae_sam(optax.sgd(0.1, momentum=0.9), rho=0.05, total_steps=1000)

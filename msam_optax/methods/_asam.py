@@ -20,11 +20,10 @@ def asam(
 ) -> optax.GradientTransformationExtraArgs:
     """Adaptive SAM around any optimizer: SAM with a radius relative to each weight.
 
-    *Cost*: one extra gradient a step. *State*: the optimizer's, and two scalars (three
-    where rho is a schedule). *Position*: ``update`` needs ``params`` and ``grad_fn``.
+    *Cost*: one extra gradient a step. *State*: two scalars. *Position*: outermost.
 
     Args:
-      optimizer: the whole base optimizer, weight decay included.
+      optimizer: the whole base optimizer, clipping and weight decay included.
       rho: relative radius; a float or a schedule. 0.5 (CIFAR-10) and 1
         (CIFAR-100) in the paper.
       eta: added to the weights' absolute values.
@@ -32,8 +31,7 @@ def asam(
       axes: which axes count stacked layers, see :class:`msam_optax.ascents.Axes`.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs`; its errors are those of
-      :func:`msam_optax.sharpness_aware_gradient` and ``ascents.adaptive``.
+      A :class:`optax.GradientTransformationExtraArgs`.
 
     >>> import msam_optax, optax
     >>> tx = msam_optax.asam(optax.adamw(1e-3), rho=0.5)

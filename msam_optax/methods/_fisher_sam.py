@@ -14,18 +14,16 @@ def fisher_sam(
 ) -> optax.GradientTransformationExtraArgs:
     """SAM in the ellipsoid of an empirical Fisher information.
 
-    *Cost*: one extra gradient a step. *State*: the optimizer's, and two scalars (three
-    where rho is a schedule). *Position*: ``update`` needs ``params`` and ``grad_fn``,
-    with gradients of the unscaled loss.
+    *Cost*: one extra gradient a step. *State*: two scalars. *Position*: outermost. F
+    depends on the scale of the loss: hand in gradients of the unscaled one.
 
     Args:
-      optimizer: the whole base optimizer, weight decay included.
+      optimizer: the whole base optimizer, clipping and weight decay included.
       rho: radius in the Fisher metric; a float or a schedule.
       eta: see :func:`msam_optax.ascents.fisher`.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs`; its errors are those of
-      :func:`msam_optax.sharpness_aware_gradient` and ``ascents.fisher``.
+      A :class:`optax.GradientTransformationExtraArgs`.
 
     >>> import msam_optax, optax
     >>> tx = msam_optax.fisher_sam(optax.sgd(0.1, momentum=0.9), rho=0.1)

@@ -15,19 +15,17 @@ def friendly_sam(
 ) -> optax.GradientTransformationExtraArgs:
     """Friendly SAM around any optimizer.
 
-    *Cost*: one extra gradient a step. *State*: the optimizer's, one tree like the
-    parameters and three scalars (four where rho is a schedule). *Position*: ``update``
-    needs ``params`` and ``grad_fn``.
+    *Cost*: one extra gradient a step. *State*: one tree like the parameters and three
+    scalars. *Position*: outermost.
 
     Args:
-      optimizer: the whole base optimizer, weight decay included.
+      optimizer: the whole base optimizer, clipping and weight decay included.
       rho: radius; a float or a schedule.
       sigma: see :func:`ascents.friendly`.
       decay: see :func:`ascents.friendly`.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs`; its errors are those of
-      :func:`msam_optax.sharpness_aware_gradient` and :func:`ascents.friendly`.
+      A :class:`optax.GradientTransformationExtraArgs`.
 
     >>> import msam_optax, optax
     >>> tx = msam_optax.friendly_sam(optax.sgd(0.1, momentum=0.9), rho=0.05)

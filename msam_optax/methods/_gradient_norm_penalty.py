@@ -15,17 +15,15 @@ def gradient_norm_penalty(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Penalises the gradient's norm: steps with :math:`(1-\alpha) g + \alpha\tilde g`.
 
-    *Cost*: one extra gradient a step. *State*: the optimizer's, and two scalars (three
-    where rho is a schedule). *Position*: ``update`` needs ``params`` and ``grad_fn``.
+    *Cost*: one extra gradient a step. *State*: two scalars. *Position*: outermost.
 
     Args:
-      optimizer: the whole base optimizer, weight decay included.
+      optimizer: the whole base optimizer, clipping and weight decay included.
       rho: radius, the paper's r; a float or a schedule.
       alpha: the penalty's coefficient over the radius.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs`; its errors are those of
-      :func:`msam_optax.sharpness_aware_gradient` and ``interpolate``.
+      A :class:`optax.GradientTransformationExtraArgs`.
 
     >>> import msam_optax, optax
     >>> tx = msam_optax.gradient_norm_penalty(optax.sgd(0.1, momentum=0.9))

@@ -15,18 +15,16 @@ def gsam(
 ) -> optax.GradientTransformationExtraArgs:
     """GSAM: minimises the perturbed loss and its gap to the clean one.
 
-    *Cost*: one extra gradient a step. *State*: the optimizer's, and two scalars (three
-    where rho is a schedule). *Position*: ``update`` needs ``params`` and ``grad_fn``.
+    *Cost*: one extra gradient a step. *State*: two scalars. *Position*: outermost.
 
     Args:
-      optimizer: the whole base optimizer, weight decay included.
+      optimizer: the whole base optimizer, clipping and weight decay included.
       rho: radius; a float or a schedule. The paper's follows the learning rate:
         :func:`msam_optax.rho_like_learning_rate`.
       alpha: weight of the gap, see :func:`msam_optax.combine.surrogate_gap`.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs`; its errors are those of
-      :func:`msam_optax.sharpness_aware_gradient` and ``surrogate_gap``.
+      A :class:`optax.GradientTransformationExtraArgs`.
 
     >>> import msam_optax, optax
     >>> learning_rate = optax.cosine_decay_schedule(0.1, 1000)

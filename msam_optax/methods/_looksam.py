@@ -27,12 +27,11 @@ def looksam(
     to the clean gradient remembered. The others step with
     :math:`g + \alpha (\|g\|/\|g_v\|)\, g_v`.
 
-    *Cost*: 1/k extra gradients a step. *State*: the optimizer's, one tree like the
-    parameters and five scalars (six where rho is a schedule). *Position*: ``update``
-    needs ``params`` and ``grad_fn``.
+    *Cost*: 1/k extra gradients a step. *State*: one tree like the parameters and five
+    scalars. *Position*: outermost.
 
     Args:
-      optimizer: the whole base optimizer, weight decay included.
+      optimizer: the whole base optimizer, clipping and weight decay included.
       rho: radius; a float or a schedule over training steps.
       k: period of the SAM steps.
       alpha: weight of the remembered direction. 0.7 in the paper; CIFAR's ResNets
@@ -48,8 +47,7 @@ def looksam(
       A :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: if k is not an integer of at least 1 or alpha not a finite number;
-        else as :func:`msam_optax.sharpness_aware_gradient`.
+      ValueError: if k is not an integer of at least 1 or alpha not a finite number.
 
     >>> import msam_optax, optax
     >>> tx = msam_optax.looksam(optax.sgd(0.1, momentum=0.9), rho=0.05, k=5)
@@ -83,12 +81,11 @@ def ae_looksam(
     where k is given, on LookSAM's steps 0, k, 2k, ... alone. Its statistics see every
     gradient either way.
 
-    *Cost*: the policy's share of extra gradients. *State*: the optimizer's, one tree
-    like the parameters and eight scalars (nine where rho is a schedule). *Position*:
-    ``update`` needs ``params`` and ``grad_fn``.
+    *Cost*: the policy's share of extra gradients. *State*: one tree like the
+    parameters and eight scalars. *Position*: outermost.
 
     Args:
-      optimizer: the whole base optimizer, weight decay included.
+      optimizer: the whole base optimizer, clipping and weight decay included.
       rho: radius; a float or a schedule over training steps.
       total_steps: number of steps of the whole training.
       alpha: weight of the remembered direction.
@@ -101,8 +98,7 @@ def ae_looksam(
       axes: see :func:`looksam`.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs`; its errors are those of
-      :func:`looksam` and :func:`msam_optax.policies.adaptive`.
+      A :class:`optax.GradientTransformationExtraArgs`.
 
     >>> import msam_optax, optax
     >>> base = optax.sgd(0.1, momentum=0.9)

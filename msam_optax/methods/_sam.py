@@ -12,16 +12,14 @@ def sam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""SAM around any optimizer: steps with :math:`\nabla L(w + \rho\,g/\|g\|)`.
 
-    *Cost*: one extra gradient a step. *State*: the optimizer's, and two scalars (three
-    where rho is a schedule). *Position*: ``update`` needs ``params`` and ``grad_fn``.
+    *Cost*: one extra gradient a step. *State*: two scalars. *Position*: outermost.
 
     Args:
-      optimizer: the whole base optimizer, weight decay included.
+      optimizer: the whole base optimizer, clipping and weight decay included.
       rho: radius, in the unit of the parameters; a float or a schedule.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs`; its errors are those of
-      :func:`msam_optax.ascents.normalized` and ``sharpness_aware_gradient``.
+      A :class:`optax.GradientTransformationExtraArgs`.
 
     >>> import jax, jax.numpy as jnp, msam_optax, optax
     >>> tx = msam_optax.sam(optax.sgd(0.1, momentum=0.9), rho=0.05)

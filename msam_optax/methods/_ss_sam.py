@@ -17,19 +17,17 @@ def ss_sam(
 ) -> optax.GradientTransformationExtraArgs:
     """Stochastic scheduled SAM: SAM on random steps, the plain gradient on the others.
 
-    *Cost*: ``probability`` extra gradients a step on average. *State*: the optimizer's,
-    and five scalars (six where rho is a schedule). *Position*: ``update`` needs
-    ``params`` and ``grad_fn``.
+    *Cost*: ``probability`` extra gradients a step on average. *State*: five scalars.
+    *Position*: outermost.
 
     Args:
-      optimizer: the whole base optimizer, weight decay included.
+      optimizer: the whole base optimizer, clipping and weight decay included.
       rho: radius; a float or a schedule over training steps.
       probability: of a SAM step, in [0, 1].
       seed: of the draws.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs`; its errors are those of
-      :func:`msam_optax.sharpness_aware_gradient` and ``bernoulli``.
+      A :class:`optax.GradientTransformationExtraArgs`.
 
     >>> import msam_optax, optax
     >>> tx = msam_optax.ss_sam(optax.sgd(0.1, momentum=0.9), rho=0.05)

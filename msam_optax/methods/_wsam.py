@@ -22,12 +22,10 @@ def wsam(
     :math:`(1-\alpha)\,g + \alpha\,\tilde g`. *Decoupled* (with one) it steps with g,
     and :math:`-\eta\alpha\,(\tilde g - g)` is added outside its momentum.
 
-    *Cost*: one extra gradient a step. *State*: the optimizer's, and two scalars, one
-    more for each schedule among rho and learning_rate. *Position*: ``update`` needs
-    ``params`` and ``grad_fn``.
+    *Cost*: one extra gradient a step. *State*: two scalars. *Position*: outermost.
 
     Args:
-      optimizer: the whole base optimizer, weight decay included.
+      optimizer: the whole base optimizer, clipping and weight decay included.
       rho: radius; a float or a schedule.
       gamma: weight of the sharpness, in [0, 1); 0.5 is SAM, 0.8 to 0.9 the paper's.
       learning_rate: the optimizer's own, for the decoupled form; a float or a schedule.
@@ -37,7 +35,7 @@ def wsam(
 
     Raises:
       ValueError: if gamma is outside [0, 1), or learning_rate is neither None, a finite
-        number nor a schedule; else as :func:`msam_optax.sharpness_aware_gradient`.
+        number nor a schedule.
 
     >>> import msam_optax, optax
     >>> base = optax.sgd(0.1, momentum=0.9)
