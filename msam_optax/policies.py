@@ -85,10 +85,12 @@ class AdaptiveState(NamedTuple):
 def _combine(
     one: Policy, other: Policy, rule: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> Policy:
-    def init(params):
+    def init(params: Any) -> Any:
         return one.init(params), other.init(params)
 
-    def decide(updates, state, params=None, **extra_args):
+    def decide(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[jax.Array, Any]:
         first, first_state = one.decide(updates, state[0], params, **extra_args)
         second, second_state = other.decide(updates, state[1], params, **extra_args)
         return rule(first, second), (first_state, second_state)
@@ -99,11 +101,18 @@ def _combine(
 def _at_steps(chosen: Callable[[jax.Array], Any]) -> Policy:
     """The policy that employs at the steps t (from 0) where chosen(t) is true."""
 
-    def init(params):
+    def init(params: Any) -> Any:
         del params
         return optax.EmptyState()
 
-    def decide(updates, state, params=None, *, step, **extra_args):
+    def decide(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        step: jax.Array,
+        **extra_args: Any,
+    ) -> tuple[jax.Array, Any]:
         del updates, params, extra_args
         return jnp.asarray(chosen(step), bool), state
 
@@ -204,7 +213,7 @@ def bernoulli(probability: float, seed: int = 0) -> Policy:
     check_real("probability", probability, low=0.0, high=1.0)
     check_integer("seed", seed, low=0)
 
-    def draw(step):
+    def draw(step: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), step)
         return jax.random.bernoulli(key, probability)
 
@@ -266,7 +275,7 @@ def adaptive(
     check_real("initial_mean", initial_mean)
     check_real("initial_variance", initial_variance, low=0.0)
 
-    def init(params):
+    def init(params: Any) -> Any:
         dtype = statistics_dtype(params)
         return AdaptiveState(
             mean=jnp.array(initial_mean, dtype),
@@ -274,7 +283,14 @@ def adaptive(
             threshold=jnp.zeros([], dtype),
         )
 
-    def decide(updates, state, params=None, *, step, **extra_args):
+    def decide(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        step: jax.Array,
+        **extra_args: Any,
+    ) -> tuple[jax.Array, Any]:
         del params, extra_args
         dtype = state.mean.dtype
         squared_norm = sum_of_squares(updates).astype(dtype)

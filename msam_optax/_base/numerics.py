@@ -46,7 +46,7 @@ def sum_of_squares(tree: Any) -> jax.Array:
 
 
 @partial(jax.jit, inline=True)
-def _add_square(total, x):
+def _add_square(total: jax.Array, x: jax.Array) -> jax.Array:
     return total + jnp.sum(jnp.square(x.astype(total.dtype)))
 
 
@@ -57,7 +57,7 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
 
 
 @safe_sqrt.defjvp
-def _safe_sqrt_jvp(primals, tangents):
+def _safe_sqrt_jvp(primals: Any, tangents: Any) -> Any:
     (x,), (dx,) = primals, tangents
     root = safe_sqrt(x)
     return root, dx / jnp.where(x == 0, jnp.inf, 2 * root)
@@ -80,7 +80,7 @@ def scale(factor: Any, tree: Any) -> Any:
 
 
 @partial(jax.jit, inline=True)
-def _scaled(factor, x):
+def _scaled(factor: Any, x: Any) -> Any:
     return (factor * x).astype(jnp.result_type(x))
 
 
@@ -104,7 +104,7 @@ def vdot(tree: Any, other: Any) -> jax.Array:
 
 
 @partial(jax.jit, inline=True)
-def _add_product(total, x, y):
+def _add_product(total: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     return total + jnp.sum(x.astype(total.dtype) * y.astype(total.dtype))
 
 

@@ -74,7 +74,7 @@ def is_like(
       dtypes: compare them too.
     """
 
-    def matches(leaf, other):
+    def matches(leaf: Any, other: Any) -> bool:
         if is_masked(leaf):
             return masked or is_masked(other)
         return (

@@ -1,6 +1,6 @@
 """SAM where nobody hands in a second gradient: every other call of update climbs."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ def alternating_ascent(
     optimizer = check_transformation("optimizer", optimizer)
     ascent = check_transformation("ascent", ascent)
 
-    def init_fn(params):
+    def init_fn(params: Any) -> Any:
         check_init(params)
         return AlternatingAscentState(
             ascended=jnp.zeros([], bool),
@@ -95,11 +95,13 @@ def alternating_ascent(
             ),
         )
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         check_state(state, AlternatingAscentState)
         check_params("An alternating ascent moves the parameters", params)
 
-        def climb(state):
+        def climb(state: Any) -> Any:
             epsilon, ascent_state = perturbation(
                 ascent, updates, state.ascent_state, params, **extra_args
             )
@@ -109,7 +111,7 @@ def alternating_ascent(
                 state.inner_state, applied, ascent_state
             )
 
-        def step(state):
+        def step(state: Any) -> Any:
             clean = optax.tree.sub(params, state.perturbation)
             inner_updates, inner_state = optimizer.update(
                 updates, state.inner_state, clean, **extra_args

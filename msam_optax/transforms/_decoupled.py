@@ -67,7 +67,7 @@ def decoupled_sharpness(
         ascent, combine=lambda clean, perturbed: optax.tree.sub(perturbed, clean)
     )
 
-    def init_fn(params):
+    def init_fn(params: Any) -> Any:
         check_init(params)
         return DecoupledSharpnessState(
             optimizer_state=optimizer.init(params),
@@ -75,7 +75,9 @@ def decoupled_sharpness(
             learning_rate_state=init_schedule(learning_rate),
         )
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         check_state(state, DecoupledSharpnessState)
         difference, sharpness_aware_state = sharpness.update(
             updates, state.sharpness_aware_state, params, **extra_args

@@ -96,7 +96,7 @@ def employ(
         )
     transform = check_transformation("transform", transform)
 
-    def init_fn(params):
+    def init_fn(params: Any) -> Any:
         check_init(params)
         inner_state = transform.init(params)
         if otherwise is None:
@@ -109,7 +109,14 @@ def employ(
             inner_state=inner_state,
         )
 
-    def update_fn(updates, state, params=None, *, employed=None, **extra_args):
+    def update_fn(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        employed: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
         check_state(state, EmployState)
         if employed is not None and not isinstance(employed, bool):
             raise ValueError(
@@ -123,10 +130,10 @@ def employ(
 
         # The updates are closed over and no operands, so that whoever is inside finds
         # the clean gradient by its identity.
-        def run(inner_state):
+        def run(inner_state: Any) -> Any:
             return transform.update(updates, inner_state, params, **extra_args)
 
-        def skip(inner_state):
+        def skip(inner_state: Any) -> Any:
             if otherwise is not None:
                 return otherwise(updates, inner_state), inner_state
             return updates, inner_state

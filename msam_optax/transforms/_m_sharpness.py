@@ -78,12 +78,12 @@ def m_sharpness(
     check_integer("shards", shards, low=1)
     transform = check_transformation("transform", transform)
 
-    def init(params):
+    def init(params: Any) -> Any:
         state = transform.init(params)
         check_is_no_optimizer("m_sharpness", transform, state, params)
         return jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * shards), state)
 
-    def split(x):
+    def split(x: Any) -> Any:
         if jnp.ndim(x) == 0 or x.shape[0] % shards:
             raise ValueError(
                 "shards must divide the first axis of all of the batch, but an array "
@@ -91,9 +91,9 @@ def m_sharpness(
             )
         return x.reshape(shards, x.shape[0] // shards, *x.shape[1:])
 
-    def gradient(batch_grad_fn, state, params, batch):
-        def one(state, samples):
-            def grad_fn(params):
+    def gradient(batch_grad_fn: Any, state: Any, params: Any, batch: Any) -> Any:
+        def one(state: Any, samples: Any) -> Any:
+            def grad_fn(params: Any) -> Any:
                 return batch_grad_fn(params, samples)
 
             return transform.update(grad_fn(params), state, params, grad_fn=grad_fn)
@@ -103,7 +103,7 @@ def m_sharpness(
             gradients, state = jax.vmap(one)(state, samples)
             return jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients), state
 
-        def accumulate(mean, shard):
+        def accumulate(mean: Any, shard: Any) -> Any:
             gradient, state = one(*shard)
             return add_scaled(mean, 1 / shards, gradient), state
 

@@ -52,7 +52,7 @@ def _descends(transform: optax.GradientTransformationExtraArgs, params: Any) -> 
     start at 0; both signs, since noise that a transformation adds may outweigh one.
     """
 
-    def signs(sign):
+    def signs(sign: int) -> list[bool]:
         start, gradient = _tiny_like(params, 0), _tiny_like(params, sign)
         state = transform.init(start)
         for _ in range(2):

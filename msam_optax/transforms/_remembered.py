@@ -77,13 +77,15 @@ def remembered_gradient(
     """
     sharpness_aware = sharpness_aware_gradient(ascent)
 
-    def init_fn(params):
+    def init_fn(params: Any) -> Any:
         return RememberedGradientState(
             sharpness_aware_state=sharpness_aware.init(params),
             orthogonal=optax.tree.zeros_like(params),
         )
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         check_state(state, RememberedGradientState)
         perturbed, sharpness_aware_state = sharpness_aware.update(
             updates, state.sharpness_aware_state, params, **extra_args
@@ -118,11 +120,11 @@ def reuse_remembered(
     """
     check_real("alpha", alpha)
 
-    def extend(updates, orthogonal):
+    def extend(updates: Any, orthogonal: Any) -> Any:
         ratio = safe_divide(global_norm(updates), global_norm(orthogonal))
         return add_scaled(updates, alpha * ratio, orthogonal)
 
-    def otherwise(updates, inner_state):
+    def otherwise(updates: Any, inner_state: Any) -> Any:
         return _by_tensor(extend, per_tensor, axes)(updates, inner_state.orthogonal)
 
     return otherwise

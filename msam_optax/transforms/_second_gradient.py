@@ -48,10 +48,10 @@ def second_gradient(
     check_clean(updates, extra_args)
     whole = whole_params(params, extra_args)
 
-    def function(point):
+    def function(point: Any) -> Any:
         return extra_args[name](point, **keywords)
 
-    def at(params):
+    def at(params: Any) -> Any:
         point = whole(params)
         if name == "grad_fn":
             value, gradient = None, function(point)
@@ -107,7 +107,7 @@ def whole_params(
             "that are not masked out differ from them in structure or shapes."
         )
 
-    def fill(params):
+    def fill(params: Any) -> Any:
         return jax.tree.map(
             lambda shown, all_: all_ if is_masked(shown) else shown,
             params,

@@ -66,18 +66,18 @@ def selected_gradient(
         )
     ascent = check_transformation("ascent", ascent)
 
-    def init_fn(params):
+    def init_fn(params: Any) -> Any:
         return initial_state(ascent, params)
 
     def update_fn(
-        updates,
-        state,
-        params=None,
+        updates: Any,
+        state: Any,
+        params: Any = None,
         *,
-        per_example_losses=None,
-        per_example_loss_fn=None,
-        **extra_args,
-    ):
+        per_example_losses: Any = None,
+        per_example_loss_fn: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
         check_state(state, SharpnessAwareState)
         check_params(TAKEN_AT, params)
         check_clean(updates, extra_args)
@@ -89,7 +89,7 @@ def selected_gradient(
         ascended = optax.apply_updates(params, epsilon)
         size = per_example_losses.shape[0]
 
-        def losses(params, indices, expected):
+        def losses(params: Any, indices: Any, expected: Any) -> Any:
             given = per_example_loss_fn(whole(params), indices)
             if jnp.shape(given) != (expected,):
                 raise ValueError(

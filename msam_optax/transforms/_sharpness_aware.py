@@ -102,16 +102,18 @@ def sharpness_aware_gradient(
             f"{combine!r} was given."
         )
 
-    def init_fn(params):
+    def init_fn(params: Any) -> Any:
         return initial_state(ascent, params)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         check_state(state, SharpnessAwareState)
         check_params(TAKEN_AT, params)
         loss_and_gradient = second_gradient(updates, params, extra_args)
         others = for_the_ascent(extra_args)
 
-        def ascend(clean, params):
+        def ascend(clean: Any, params: Any) -> Any:
             return perturbation(ascent, clean, state.ascent_state, params, **others)
 
         epsilon, ascent_state = ascend(updates, params)
@@ -137,7 +139,9 @@ def chained(
     """The chain of a transformation of the gradient and a whole optimizer."""
     chain = optax.chain(transform, check_transformation("optimizer", optimizer))
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         # A chain would take a dictionary of two parameters for its state.
         check_state(state, tuple)
         return chain.update(updates, state, params, **extra_args)
