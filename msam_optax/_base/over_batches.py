@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from msam_optax._base.numerics import statistics_dtype
-from msam_optax._base.trees import check_like, described
+from msam_optax._base.trees import check_alive, check_like, described
 from msam_optax._base.weighted import WeightedMean, is_weighted
 
 # loss_fn(params, batch) -> the mean loss of the batch, a scalar or a WeightedMean
@@ -18,6 +18,7 @@ OnBatch = Callable[[], Any]
 
 def wide(params: Any) -> Any:
     """The parameters in float32 at least, all in one dtype."""
+    check_alive("params", params)
     dtype = statistics_dtype(params)
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
 

@@ -46,6 +46,18 @@ def _holds_state(tree: Any) -> bool:
     return any(_holds_state(child) for child in children if child is not tree)
 
 
+def check_alive(name: str, tree: Any) -> None:
+    """Raises ValueError if an array's memory was handed on to a training step."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        array = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        if array and leaf.is_deleted():
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} was given to a training step, "
+                "which took over its memory. Take what the step returned, or keep the "
+                "old by make_train_step(..., donate=False)."
+            )
+
+
 def is_masked(x: Any) -> bool:
     """Whether a node stands for a parameter that is masked out."""
     return isinstance(x, optax.MaskedNode)

@@ -6,7 +6,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from msam_optax._base.trees import check_alive
 from msam_optax.flax._arguments import check_module
 from msam_optax.flax._inputs import Inputs
 from msam_optax.flax._recalibration import (
@@ -76,6 +78,8 @@ def recalibrate_batch_stats(
             "batch_stats: were params and model_state swapped?"
         )
     check_batches(batches)
+    check_alive("params", params)
+    check_alive("model_state", model_state)
     if not model_state or "batch_stats" not in model_state:
         return model_state
     arrays, static = split_arguments(apply_kwargs)
@@ -85,7 +89,7 @@ def recalibrate_batch_stats(
     new = take_anew(
         partial(step, variables, arrays),
         old,
-        jax.random.key(0),
+        jnp.asarray(0),
         (Inputs.of(b if inputs is None else inputs(b)) for b in batches),
     )
     return {**model_state, "batch_stats": new}
@@ -98,18 +102,19 @@ def _pass(
     variables: Any,
     arrays: dict[str, Any],
     statistics: Any,
-    key: jax.Array,
+    step: jax.Array,
     inputs: Inputs,
 ) -> Any:
-    key, *keys = jax.random.split(key, 1 + len(rngs))
+    # Made here: JAX's checker takes a key that several passes are handed for reused.
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(rngs))
     outputs, updated = model.apply(
         {**variables, "batch_stats": statistics},
         *inputs.args,
         # Not only batch_stats: a module may write other collections as well.
-        mutable=[*variables, "batch_stats"],
+        mutable=[*(set(variables) - {"params"}), "batch_stats"],
         rngs=dict(zip(rngs, keys, strict=True)),
         **inputs.kwargs,
         **arrays,
         **dict(static),
     )
-    return fingerprint(outputs), updated["batch_stats"], key
+    return fingerprint(outputs), updated["batch_stats"], step + 1

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from msam_optax._base.trees import check_alive
 from msam_optax.flax._arguments import check_module
 from msam_optax.flax._inputs import Inputs
 from msam_optax.flax._pure import as_pure
@@ -56,6 +57,7 @@ def recalibrate_batch_stats(
     """
     check_module("recalibrate_batch_stats(model, batches)", model, nnx.Module)
     check_batches(batches)
+    check_alive("model", as_pure(nnx.state(model)))
     if not jax.tree.leaves(nnx.state(model, nnx.BatchStat)):
         return
     training = nnx.clone(model)

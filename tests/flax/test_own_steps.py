@@ -381,3 +381,50 @@ def test_what_is_overwritten_with_its_gradient_has_no_optimizer(tx):
     alone = alone.apply_gradients(grads=double(trained), grad_fn=double)
     assert_near(state.params["params"], alone.params)
     assert_near(state.eval_params["params"], alone.eval_params)
+
+
+# --- What a donated step has taken over, and keys that serve twice --------------------
+
+
+def test_what_a_step_has_taken_over_is_named_wherever_it_is_given():
+    def deleted():
+        array = jnp.ones(3)
+        array.delete()
+        return array
+
+    batches, taken = [BATCH[0]], r"\['mean'\] was given to a training step, which took"
+    state = {"batch_stats": {"mean": deleted(), "var": jnp.ones(3)}}
+    with pytest.raises(ValueError, match=taken):
+        linen.recalibrate_batch_stats(LINEN, {}, state, batches)
+    norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    norm.mean = nnx.BatchStat(deleted())
+    with pytest.raises(ValueError, match=taken):
+        glue.recalibrate_batch_stats(norm, batches)
+    with pytest.raises(ValueError, match=r"params\['w'\] was given to a training step"):
+        msam_optax.sharpness.mean_loss(
+            lambda w, batch: jnp.mean(batch @ w["w"]), {"w": deleted()}, batches
+        )
+
+
+class LinenDropout(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(False)(nn.Dropout(0.5, deterministic=False)(x))
+
+
+def test_jax_does_not_take_the_second_use_of_a_key_for_a_mistake():
+    rngs, inputs = nnx.Rngs(0), BATCH[0]
+    model = nnx.Sequential(
+        nnx.Linear(3, 2, rngs=rngs),
+        nnx.Dropout(0.5, rngs=rngs),
+        nnx.BatchNorm(2, rngs=rngs),
+    )
+    optimizer = nnx.Optimizer(model, SAM, wrt=nnx.Param)
+    dropout = LinenDropout()
+    variables = dict(dropout.init(jax.random.key(0), inputs))
+    params = variables.pop("params")
+    with jax.debug_key_reuse(True):
+        for _ in range(2):
+            nnx_update(model, optimizer, lambda m, b: (losses(m(b[0]), b), {}), BATCH)
+        glue.recalibrate_batch_stats(model, [inputs, inputs])
+        linen.recalibrate_batch_stats(dropout, params, variables, [inputs, inputs])
