@@ -62,9 +62,9 @@ def recalibrate_batch_stats(
         return
     training = nnx.clone(model)
     frozen = [
-        module.use_running_average
-        for _, module in nnx.iter_modules(training)
-        if hasattr(module, "use_running_average")
+        node.use_running_average
+        for _, node in nnx.iter_graph(training)
+        if hasattr(node, "use_running_average")
     ]
     if all(frozen):
         training.train()

@@ -15,6 +15,10 @@ import msam_optax
 from msam_optax.flax.linen import init_linen, linen_loss, recalibrate_batch_stats
 from msam_optax.flax.nnx import recalibrate_batch_stats as recalibrate_nnx_batch_stats
 
+needs_flax_0_12 = pytest.mark.skipif(
+    not hasattr(nnx, "List"), reason="Flax 0.11 lacks nnx.List, Dict, SpectralNorm"
+)
+
 
 class Net(nn.Module):
     """As an NNX user would write it, too: `NNXNet`."""
@@ -81,6 +85,7 @@ def test_nnx_statistics_are_the_exact_average():
     np.testing.assert_allclose(model.var[...], variance, rtol=1e-5)
 
 
+@needs_flax_0_12
 def test_nnx_recalibration_changes_statistics_alone():
     model = NNXNet(nnx.Rngs(0, dropout=1))
     model.eval()
@@ -316,6 +321,7 @@ class Amax(nnx.BatchStat):
     """A type of statistics of one's own."""
 
 
+@needs_flax_0_12
 def test_nnx_carries_on_what_is_no_batch_norm():
     batches = batches_of_four_features()
     model = NNXBeside("amax", jnp.asarray(0.0), lambda m, x: jnp.maximum(m, x.max()))
@@ -347,6 +353,7 @@ class NNXSpectral(nnx.Module):
         return self.norm(self.layer(x))
 
 
+@needs_flax_0_12
 def test_spectral_norm_stays_the_norm_of_its_kernel():
     """Else sigma and u would be 0, and the outputs those of no network."""
     batches = batches_of_four_features() * 10
@@ -451,6 +458,7 @@ def test_statistics_of_low_precision_keep_their_dtype(dtype):
     np.testing.assert_allclose(new["mean"].astype(float), mean, rtol=0.03)
 
 
+@needs_flax_0_12
 def test_an_nnx_norm_that_is_frozen_stays_so():
     model: Any = NNXNet(nnx.Rngs(0))
     model.layers.append(nnx.BatchNorm(8, use_running_average=True, rngs=nnx.Rngs(0)))

@@ -14,6 +14,7 @@ from flax import nnx
 
 import msam_optax
 from msam_optax.flax import linen
+from msam_optax.flax._pure import as_pure
 from msam_optax.flax.nnx import (
     Inputs,
     init_nnx,
@@ -133,8 +134,8 @@ def expected_of_sam():
     model = NNXNet(nnx.Rngs(0))
     parts: Any = nnx.split(model, nnx.Param, ...)
     graphdef, params, rest = parts
-    state = SAM.init(nnx.as_pure(params))
-    params, rest = nnx.as_pure(params), nnx.as_pure(rest)
+    state = SAM.init(as_pure(params))
+    params, rest = as_pure(params), as_pure(rest)
     for count in range(2):
 
         def loss(params, rest=rest, count=count):
@@ -142,7 +143,7 @@ def expected_of_sam():
             rngs.noise.count[...] = jnp.asarray(count, jnp.uint32)
             inside = nnx.merge(graphdef, params, rest, copy=True)
             value, _ = nnx_squared(inside, BATCH, rngs)
-            return value, nnx.as_pure(nnx.state(inside, nnx.Not(nnx.Param)))
+            return value, as_pure(nnx.state(inside, nnx.Not(nnx.Param)))
 
         def grad_fn(params, loss=loss):
             return jax.grad(loss, has_aux=True)(params)[0]
