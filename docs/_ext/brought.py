@@ -10,7 +10,6 @@ from benchmarks.reports.main_table import main_table
 from tests import what_goes_where
 
 FILES = "https://github.com/msam-optax/msam_optax/blob/main"
-FIGURES = "benchmarks/results/figures"
 BADGE = re.compile(r"\[!\[([^\]]*)\]\(https?://[^)]*\)\]\(([^)]*)\)")
 IMAGE = re.compile(r"!\[([^\]]*)\]\((?!https?:)([^)]*)\)")
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?:|#)([^)]*)\)")
@@ -23,6 +22,13 @@ def put(path: Path, text: str) -> None:
         path.write_text(text)
 
 
+def page(root: Path, folder: str) -> str:
+    """A folder's README without its title, its links made to lead somewhere."""
+    text = (root / folder / "README.md").read_text().split("\n", 1)[1]
+    text = IMAGE.sub(rf"![\1](../{folder}/\2)", text)
+    return LINK.sub(rf"[\1]({FILES}/{folder}/\2)", text)
+
+
 def bring(app: Sphinx, config: Any) -> None:
     site = Path(app.srcdir)
     root = site.parent
@@ -30,10 +36,8 @@ def bring(app: Sphinx, config: Any) -> None:
         # The badge is a picture from afar.
         text = BADGE.sub(r"[\1](\2)", notebook.read_text())
         put(site / "gallery" / notebook.name, text)
-    text = (root / FIGURES / "README.md").read_text().split("\n", 1)[1]
-    text = IMAGE.sub(rf"![\1](../{FIGURES}/\2)", text)
-    text = LINK.sub(rf"[\1]({FILES}/{FIGURES}/\2)", text)
-    put(site / "_parts" / "figures.md", text)
+    for name in ("figures", "studies"):
+        put(site / "_parts" / f"{name}.md", page(root, f"benchmarks/results/{name}"))
     put(site / "_parts" / "main_table.md", main_table())
     for method in ("SAM", "MSAM"):
         name = f"what_goes_where_{method.lower()}.md"

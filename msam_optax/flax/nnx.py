@@ -232,7 +232,7 @@ def step_metrics(model: nnx.Module, optimizer: nnx.Optimizer) -> PerturbationMet
       optimizer: its optimizer.
 
     Returns:
-      A :class:`msam_optax.training.PerturbationMetrics`.
+      A :class:`msam_optax.PerturbationMetrics`.
 
     Raises:
       TypeError: if ``optimizer`` is not an ``nnx.Optimizer``.
