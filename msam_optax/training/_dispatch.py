@@ -18,7 +18,7 @@ from msam_optax.transforms._find_momentum import find_states
 try:
     from jax.extend.core import get_opaque_trace_state, subjaxprs
 except ImportError:  # JAX 0.6
-    from jax.core import get_opaque_trace_state, subjaxprs
+    from jax.core import get_opaque_trace_state, subjaxprs  # type: ignore
 
 
 class Dispatch(NamedTuple):
