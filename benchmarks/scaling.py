@@ -33,7 +33,7 @@ _ALL = (
     *("gsam", "looksam, k=5", "wsam", "friendly_sam", "fisher_sam", "ss_sam"),
     *("gradient_norm_penalty", "ae_looksam", "esam"),
 )
-_SOME = (*_BASES, "msam", "sam", "ae_sam", "gsam", "looksam, k=5", "adamw_msam")
+_SOME = ("sgd", "sam", "msam", *_BASES[1:], "adamw_msam", "ae_sam", "gsam")
 
 Row = dict[str, Any]
 # A row's key, and what measures the rest of it
@@ -66,16 +66,15 @@ def _shapes(quick: bool) -> Iterator[Cell]:
         chosen = {"GPT": lambda: networks.gpt(1, 8, scanned=False)}
     else:
         chosen = networks.SHAPES
-    # The deepest first
-    for shape in sorted(chosen, key=lambda shape: shape != scalings.DEEPEST):
-        build = chosen[shape]
-        # Of the deepest all methods, of the others a few
-        names = _ALL if shape == scalings.DEEPEST else _SOME
-        for name in ("sgd", "sam") if quick else names:
-            yield (
-                {"method": name, "shape": shape},
-                partial(_shape, name, build),
-            )
+    # Of the deepest all methods, of the others a few, method by method
+    names = ("sgd", "sam") if quick else (*_SOME, *_ALL)
+    for name in dict.fromkeys(names):
+        for shape, build in chosen.items():
+            if name in _SOME or shape == scalings.DEEPEST:
+                yield (
+                    {"method": name, "shape": shape},
+                    partial(_shape, name, build),
+                )
 
 
 def _shape(name: str, build: Callable[[], networks.Network]) -> Row:
