@@ -84,8 +84,8 @@ def _shape(name: str, build: Callable[[], networks.Network]) -> Row:
 
 
 def _memory(quick: bool) -> Iterator[Cell]:
-    for parameters in (10**4,) if quick else (10**7, 10**8):
-        for count in (4,) if quick else (10, 200):
+    for count in (4,) if quick else (10, 200):
+        for parameters in (10**4,) if quick else (10**7, 10**8):
             width = round((parameters / count) ** 0.5)
             network = networks.chain(count, width)
             for name in ("sgd", "sam") if quick else _ALL:
