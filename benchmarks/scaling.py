@@ -54,7 +54,7 @@ class Part(NamedTuple):
 
 def _tensors(quick: bool) -> Iterator[Cell]:
     # What tells the growth first
-    counts = (4, 8) if quick else (100, 1600, 400, 10, 200, 50, 800, 25)
+    counts = (4, 8) if quick else (100, 400, 10, 1600, 25, 200, 50, 800)
     for count in counts:
         for name in ("sgd", "sam") if quick else _ALL:
             key = {"method": name, "tensors": count}

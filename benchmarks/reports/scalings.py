@@ -74,25 +74,25 @@ def _compiling(
 
 
 def _growth(rows: Sequence[Row]) -> tables.Table:
-    """From a hundred tensors, or the fewest, to the most."""
-    counts = sorted({row["tensors"] for row in rows})
+    """From a hundred tensors, or the fewest, to the most of each method."""
     found = {(row["method"], row["tensors"]): row for row in rows}
-    few = 100 if 100 in counts else min(counts, default=0)
-    many = max(counts, default=0)
+    few = 100 if any(count == 100 for _, count in found) else 4
     made = []
     for name in dict.fromkeys(row["method"] for row in rows):
-        if (name, few) not in found or (name, many) not in found or few == many:
+        base = METHODS[name].base
+        counts = [n for method, n in found if method == name and (base, n) in found]
+        many = max(counts, default=0)
+        if (name, few) not in found or (base, few) not in found or many <= few:
             continue
-        cells = [name]
+        cells = [name, f"{many}"]
         for column in ("compile_seconds", "instructions"):
-            own, base = (
-                found[n, many][column] / found[n, few][column]
-                for n in (name, METHODS[name].base)
+            own, others = (
+                found[n, many][column] / found[n, few][column] for n in (name, base)
             )
-            cells += [f"{own:.1f}", f"{own / base:.2f}"]
+            cells += [f"{own:.1f}", f"{own / others:.2f}"]
         made.append(cells)
-    headers = ("method", "compile", "over base's", "instructions", "over base's ")
-    return tables.Table(f"Growth from {few} to {many} tensors", headers, made)
+    headers = ("method", "to", "compile", "/ base's", "instructions", "/ base's")
+    return tables.Table(f"Growth from {few} tensors", headers, made)
 
 
 def _memory(rows: Sequence[Row]) -> tables.Table:
