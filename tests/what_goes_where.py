@@ -806,7 +806,7 @@ MSAM = [
         "MSAM",
         "conditionally_transform",
         "around",
-        WRONG,
+        SEEN,
         lambda: optax.conditionally_transform(msam(sgd()), even),
         lambda: optax.conditionally_mask(sgd(), even),
         "The raw gradient is the update elsewhere.",
