@@ -18,10 +18,13 @@ from msam_optax.ascents._schedules import (
     rho_like_learning_rate as rho_like_learning_rate,
 )
 from msam_optax.combine import Combine as Combine
+from msam_optax.methods import BsamState as BsamState
+from msam_optax.methods import SampaState as SampaState
 from msam_optax.methods import adamw_msam as adamw_msam
 from msam_optax.methods import ae_looksam as ae_looksam
 from msam_optax.methods import ae_sam as ae_sam
 from msam_optax.methods import asam as asam
+from msam_optax.methods import bsam as bsam
 from msam_optax.methods import esam as esam
 from msam_optax.methods import fisher_sam as fisher_sam
 from msam_optax.methods import friendly_sam as friendly_sam
@@ -30,6 +33,7 @@ from msam_optax.methods import gsam as gsam
 from msam_optax.methods import looksam as looksam
 from msam_optax.methods import msam as msam
 from msam_optax.methods import sam as sam
+from msam_optax.methods import sampa as sampa
 from msam_optax.methods import ss_sam as ss_sam
 from msam_optax.methods import wsam as wsam
 from msam_optax.training import CompiledStep as CompiledStep
@@ -68,6 +72,7 @@ from msam_optax.transforms import sharpness_aware_gradient as sharpness_aware_gr
 
 __all__ = [
     "AlternatingAscentState",
+    "BsamState",
     "Combine",
     "CompiledStep",
     "DecoupledSharpnessState",
@@ -83,6 +88,7 @@ __all__ = [
     "Otherwise",
     "PerturbationMetrics",
     "RememberedGradientState",
+    "SampaState",
     "SharpnessAwareState",
     "StepMetrics",
     "StoredPerturbationState",
@@ -95,6 +101,7 @@ __all__ = [
     "alternating_ascent",
     "asam",
     "ascents",
+    "bsam",
     "combine",
     "decoupled_sharpness",
     "employ",
@@ -118,6 +125,7 @@ __all__ = [
     "reuse_remembered",
     "rho_like_learning_rate",
     "sam",
+    "sampa",
     "selected_gradient",
     "sharpness",
     "sharpness_aware_gradient",

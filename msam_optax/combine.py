@@ -10,11 +10,18 @@ import jax
 import optax
 
 from msam_optax._base.hyperparams import check_real
-from msam_optax._base.numerics import add_scaled, orthogonal_part
+from msam_optax._base.numerics import (
+    add_scaled,
+    global_norm,
+    orthogonal_part,
+    safe_divide,
+    scale,
+)
 
 __all__ = [
     "Combine",
     "interpolate",
+    "renormalize",
     "surrogate_gap",
 ]
 
@@ -93,3 +100,32 @@ def interpolate(alpha: float) -> Combine:
         )
 
     return combine
+
+
+def renormalize(clean: optax.Updates, perturbed: optax.Updates) -> optax.Updates:
+    r"""The perturbed gradient at the clean one's length.
+
+    .. math:: \tilde g\, \|g\| \big/ \|\tilde g\|
+
+    A rule itself, to be given without a call. The norms go over all parameters
+    together. SAM's gradient is often the longer one, so that this tells apart what its
+    direction does and what its length.
+
+    Args:
+      clean: the gradient at the parameters.
+      perturbed: the gradient at the perturbed point.
+
+    Returns:
+      A tree like the perturbed gradient.
+
+    >>> import jax.numpy as jnp, msam_optax
+    >>> combine = msam_optax.combine.renormalize
+    >>> print(combine(jnp.array([3.0, 4.0]), jnp.array([0.0, 1.0])))
+    [0. 5.]
+
+    References:
+      Tan et al., `Stabilizing Sharpness-aware Minimization Through A Simple
+      Renormalization Strategy <https://arxiv.org/abs/2401.07250>`_, 2024. Built from a
+      secondary source.
+    """
+    return scale(safe_divide(global_norm(clean), global_norm(perturbed)), perturbed)

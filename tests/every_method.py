@@ -73,6 +73,20 @@ AROUND: dict[str, Callable[[Any], Any]] = {
     "friendly_sam": lambda base: mo.friendly_sam(base, 0.2),
     "friendly_sam, rho schedule": lambda base: mo.friendly_sam(base, falling),
     "fisher_sam": lambda base: mo.fisher_sam(base, 0.2),
+    "sampa": lambda base: mo.sampa(base, 0.1, 0.2),
+    "sampa, schedules": lambda base: mo.sampa(base, falling, falling, lambda_=0.0),
+    "sam, renormalized": lambda base: optax.chain(
+        mo.sharpness_aware_gradient(
+            mo.ascents.loss_equated(falling, rho_max=0.2), mo.combine.renormalize
+        ),
+        base,
+    ),
+    "sam, spectral": lambda base: optax.chain(
+        mo.sharpness_aware_gradient(mo.ascents.spectral(falling, rho_other=0.1)), base
+    ),
+    "sam, filter-wise noise": lambda base: optax.chain(
+        mo.sharpness_aware_gradient(mo.ascents.gaussian(falling, filterwise=True)), base
+    ),
     "employ every second": lambda base: optax.chain(
         mo.employ(mo.policies.every(2), sharpness_aware()), base
     ),
@@ -91,6 +105,9 @@ OWN_BASE: dict[str, Callable[[Any], Any]] = {
     "msam, rho schedule": lambda lr: mo.msam(lr, rho=falling),
     "msam, nesterov": lambda lr: mo.msam(lr, rho=0.2, nesterov=True),
     "msam, no momentum": lambda lr: mo.msam(lr, momentum=0.0, rho=0.2),
+    # It has no base that a guard could stand in front of: no row of ONE_EACH.
+    "bsam, constants": lambda lr: mo.bsam(lr, 100, rho=0.2, b1=0.5),
+    "bsam, schedules": lambda lr: mo.bsam(falling, 10, rho=falling, b1=0.5, b2=0.9),
     # The usual eps is 0 in float16, and Adam's step then 0/0 where gradients are zero.
     "adamw_msam": lambda lr: mo.adamw_msam(lr, eps=1e-6, rho=0.2),
     "adamw_msam, rho schedule": lambda lr: mo.adamw_msam(lr, eps=1e-6, rho=falling),

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optax
 
@@ -155,6 +155,57 @@ def _ae_sam(setting: Setting) -> optax.GradientTransformation:
     return msam_optax.ae_sam(sgd(setting), setting.rho, setting.total_steps)
 
 
+def _with(
+    ascent: Callable[[Setting], optax.GradientTransformation], combine: Any = None
+) -> Callable[[Setting], optax.GradientTransformation]:
+    """A sharpness-aware gradient in front of SGD."""
+    return lambda s: optax.chain(
+        msam_optax.sharpness_aware_gradient(ascent(s), combine), sgd(s)
+    )
+
+
+def _normalized(setting: Setting) -> optax.GradientTransformation:
+    return msam_optax.ascents.normalized(setting.rho)
+
+
+def _loss_equated(setting: Setting) -> optax.GradientTransformation:
+    # As in the paper, the budget falls along a cosine over the last fifth. What is
+    # tuned is the budget; the limit is one that SAM's best radii stay below.
+    last = max(setting.total_steps // 5, 1)
+    sigma = optax.join_schedules(
+        [
+            optax.constant_schedule(setting.rho),
+            optax.cosine_decay_schedule(setting.rho, last),
+        ],
+        [setting.total_steps - last],
+    )
+    return msam_optax.ascents.loss_equated(sigma, rho_max=1.0)
+
+
+def _noise(setting: Setting) -> optax.GradientTransformation:
+    falling = optax.cosine_decay_schedule(setting.rho, setting.total_steps)
+    return msam_optax.ascents.gaussian(
+        lambda step: setting.rho - falling(step), setting.seed, filterwise=True
+    )
+
+
+def _sampa(setting: Setting) -> optax.GradientTransformation:
+    return msam_optax.sampa(sgd(setting), setting.schedule, setting.rho)
+
+
+def _bsam(setting: Setting) -> optax.GradientTransformation:
+    # Its step is over the precision, of about the damping's size, so that SGD's
+    # learning rates serve. N is that of the main job.
+    return msam_optax.bsam(
+        setting.schedule,
+        num_examples=4000,
+        rho=setting.rho,
+        b1=setting.momentum,
+        weight_decay=setting.weight_decay,
+        seed=setting.seed,
+    )
+
+
 METHODS: dict[str, Method] = {
     "sgd": Method(sgd, 0.1, SGD),
     "nag": Method(lambda s: sgd(s, nesterov=True), 0.1, SGD),
@@ -175,6 +226,16 @@ METHODS: dict[str, Method] = {
     "looksam": Method(_around_sgd(msam_optax.looksam), 0.1, SAM, "sgd"),
     "ae_looksam": Method(_ae_looksam, 0.1, SAM, "sgd"),
     "esam": Method(_around_sgd(msam_optax.esam), 0.1, SAM, "sgd", 0.5),
+    "sam_renormalized": Method(
+        _with(_normalized, msam_optax.combine.renormalize), 0.1, SAM, "sgd"
+    ),
+    "le_sam": Method(_with(_loss_equated), 0.1, SAM, "sgd"),
+    "spectral_sam": Method(
+        _with(lambda s: msam_optax.ascents.spectral(s.rho, s.rho)), 0.02, SAM, "sgd"
+    ),
+    "filter_noise": Method(_with(_noise), 0.1, SAM, "sgd", 0.0),
+    "sampa": Method(_sampa, 0.1, SAM, "sgd"),
+    "bsam": Method(_bsam, 0.05, SAM, "sgd"),
     "msam": Method(_msam, 1.0, MSAM, "sgd"),
     "adamw_msam": Method(_adamw_msam, 1.0, ADAMW._replace(rho=MSAM_RHOS), "adamw"),
 }

@@ -6,6 +6,7 @@ then, and a filter need not lie along the last axis.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -67,6 +68,10 @@ class Layout:
         """The l2 norm of each filter, of one entry along the axes within a filter."""
         return safe_sqrt(jnp.sum(jnp.square(x), axis=self.within, keepdims=True))
 
+    def filter_size(self, x: jax.Array) -> int:
+        """The number of entries of a filter."""
+        return math.prod(x.shape[i] for i in self.within)
+
     def each_layer(self, rule: Callable[..., Any], *xs: jax.Array) -> jax.Array:
         """A rule from tensors of one layer to one like them, for all layers."""
         if not self.stacked:
@@ -76,6 +81,25 @@ class Layout:
             rule = jax.vmap(rule)
         moved = rule(*(jnp.moveaxis(x, self.stacked, front) for x in xs))
         return jnp.moveaxis(moved, front, self.stacked)
+
+    def each_matrix(
+        self, rule: Callable[[jax.Array], jax.Array], x: jax.Array
+    ) -> jax.Array:
+        """A rule for matrices, for each layer's tensor as [within a filter, filters].
+
+        It keeps their shape. For weights only.
+        """
+        spoken_for = (*self.stacked, *self.within)
+        filters = [i for i in range(x.ndim) if i not in spoken_for]
+        order = (*spoken_for, *filters)
+        ordered = jnp.transpose(x, order)
+        layers = [x.shape[i] for i in self.stacked]
+        rows = self.filter_size(x)
+        for _ in layers:
+            rule = jax.vmap(rule)
+        columns = math.prod(x.shape[i] for i in filters)
+        result = rule(ordered.reshape(*layers, rows, columns))
+        return jnp.transpose(result.reshape(ordered.shape), np.argsort(order))
 
 
 def layouts(axes: AxesLike, params: Any) -> Any:

@@ -26,6 +26,7 @@ from msam_optax.ascents._friendly import FriendlyAscentState as FriendlyAscentSt
 from msam_optax.ascents._friendly import friendly as friendly
 from msam_optax.ascents._make import Perturb as Perturb
 from msam_optax.ascents._make import make as make
+from msam_optax.ascents._normalized import loss_equated as loss_equated
 from msam_optax.ascents._normalized import normalized as normalized
 from msam_optax.ascents._normalized import unnormalized as unnormalized
 from msam_optax.ascents._random import RandomAscentState as RandomAscentState
@@ -37,6 +38,7 @@ from msam_optax.ascents._scaled import clip_by_weight_norm as clip_by_weight_nor
 from msam_optax.ascents._scaled import filterwise as filterwise
 from msam_optax.ascents._scaled import layerwise as layerwise
 from msam_optax.ascents._scaled import weight_scaled as weight_scaled
+from msam_optax.ascents._spectral import spectral as spectral
 
 __all__ = [
     "Axes",
@@ -50,9 +52,11 @@ __all__ = [
     "friendly",
     "gaussian",
     "layerwise",
+    "loss_equated",
     "make",
     "normalized",
     "restrict",
+    "spectral",
     "stochastic",
     "unnormalized",
     "weight_scaled",

@@ -63,3 +63,9 @@ def draws_like(
 
     # Always the first, which XLA does not know: it fuses nothing into a branch.
     return jax.tree.unflatten(treedef, jax.lax.cond(step >= 0, draw_all, nothing))
+
+
+def wide_normal(key: jax.Array, like: jax.Array) -> jax.Array:
+    """Standard normal numbers in float32 at least: the same for all short dtypes."""
+    dtype = jnp.promote_types(jnp.result_type(like), jnp.float32)
+    return jax.random.normal(key, jnp.shape(like), dtype)

@@ -7,7 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from msam_optax._base.hyperparams import ScalarOrSchedule
+from msam_optax._base.hyperparams import (
+    ScalarOrSchedule,
+    check_real,
+    check_scalar_or_schedule,
+)
 from msam_optax._base.numerics import global_norm, safe_divide, scale, statistics_dtype
 from msam_optax.ascents._make import make
 
@@ -69,6 +73,64 @@ def normalized(
         return scale(rho, _dual_direction(direction, p))
 
     return make(rho, perturb)
+
+
+def loss_equated(
+    sigma: ScalarOrSchedule, rho_max: float
+) -> optax.GradientTransformationExtraArgs:
+    r"""SAM's ascent as far as the linearised loss rises by sigma.
+
+    .. math::
+      \varepsilon = \rho_t\, \frac{g}{\|g\|}, \qquad
+      \rho_t = \min\!\left(\frac{\sigma_t}{\|g\|},\; \rho_{max}\right),
+
+    with the norm over all parameters together. The radius grows as the gradient
+    shrinks, up to rho_max. A zero direction gives :math:`\varepsilon = 0`.
+
+    *Cost*: one reduction over the direction. *State*: none, or one int32 where sigma is
+    a schedule. *Position*: inside ``sharpness_aware_gradient``; around a momentum the
+    rise is that along the momentum.
+
+    Args:
+      sigma: the rise of the loss, in its unit, at least 0; a float or a schedule. The
+        paper's is constant, and falls to 0 along a cosine over the last fifth of the
+        training, as in the example.
+      rho_max: the largest radius, in the unit of the parameters; positive.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: if sigma is neither a finite number of at least 0 nor a schedule, or
+        rho_max is not a positive finite number.
+
+    >>> import jax.numpy as jnp, msam_optax, optax
+    >>> held, falling = optax.constant_schedule, optax.cosine_decay_schedule
+    >>> sigma = optax.join_schedules([held(1.0), falling(1.0, 200)], [800])
+    >>> ascent = msam_optax.ascents.loss_equated(sigma, rho_max=0.5)
+    >>> direction = jnp.array([3.0, 4.0])  # of length 5, so that rho is 1/5
+    >>> epsilon, _ = ascent.update(direction, ascent.init(direction))
+    >>> print(epsilon)
+    [0.12 0.16]
+
+    References:
+      Wang et al., `Fix the Loss, Not the Radius: Rethinking the Adversarial
+      Perturbation of Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2605.10183>`_, ICML 2026. They add a small constant to
+      the norm instead of treating zero apart.
+    """
+    check_scalar_or_schedule("sigma", sigma)
+    if not callable(sigma):
+        check_real("sigma", sigma, low=0)
+    check_real("rho_max", rho_max, low=0, excluded=0)
+
+    def perturb(sigma, direction, params):
+        del params
+        norm = global_norm(direction)
+        rho = jnp.minimum(safe_divide(sigma, norm), rho_max)
+        return scale(safe_divide(rho, norm), direction)
+
+    return make(sigma, perturb)
 
 
 def unnormalized(

@@ -1,5 +1,6 @@
 """Ascents with a random part."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +15,15 @@ from msam_optax._base.hyperparams import (
     training_step,
     value_at,
 )
-from msam_optax._base.numerics import global_norm, safe_divide, scale
-from msam_optax.ascents._draws import coins_like, draws_like
+from msam_optax._base.layers import AxesLike, Layout, layouts
+from msam_optax._base.numerics import (
+    global_norm,
+    safe_divide,
+    scale,
+    statistics_dtype,
+)
+from msam_optax._base.trees import check_params
+from msam_optax.ascents._draws import coins_like, draws_like, wide_normal
 
 
 class RandomAscentState(NamedTuple):
@@ -69,7 +77,8 @@ def stochastic(
     """
     check_real("beta", beta, low=0.0, high=1.0, excluded=0.0)
 
-    def perturb(rho, direction, key, step):
+    def perturb(rho, direction, params, key, step):
+        del params
         if by_coordinate:
             takes_part = draws_like(
                 direction,
@@ -89,47 +98,90 @@ def stochastic(
 
 
 def gaussian(
-    rho: ScalarOrSchedule, seed: int = 0
+    rho: ScalarOrSchedule,
+    seed: int = 0,
+    *,
+    filterwise: bool = False,
+    axes: AxesLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A random direction of length rho: :math:`\rho\,n/\|n\|`, n standard normal.
 
     What comes in as direction only lends its shape. The papers use it as the control
     of what an ascent's direction is worth.
 
-    *Cost*: the draws and one reduction. *State*: one int32. *Position*: inside
+    *Filter-wise* it is random weight perturbation: for each filter j of weights w with
+    d entries,
+
+    .. math:: \varepsilon_j = \rho\, \|w_j\|\, n_j / \sqrt{d},
+
+    whose expected squared length is :math:`\rho^2 \|w_j\|^2`; biases and scales are
+    not perturbed. Its radius rises along a cosine from 0.
+
+    *Cost*: the draws and one reduction. Inside ``sharpness_aware_gradient`` the clean
+    gradient serves nothing then, and a ``jit`` in which nothing else asks for it leaves
+    it out: a step costs one gradient. *State*: one int32. *Position*: inside
     ``sharpness_aware_gradient`` or ``momentum_perturbation``.
 
     Args:
-      rho: radius, in the unit of the parameters; a float or a schedule.
+      rho: radius, in the unit of the parameters, or filter-wise relative to the
+        filters' norms; a float or a schedule.
       seed: integer seed of the draws.
+      filterwise: scale each filter of the noise by that of the weights.
+      axes: for filterwise, which axes of a parameter count its filters, and which
+        stacked layers; see :class:`msam_optax.ascents.Axes`.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs`.
+      A :class:`optax.GradientTransformationExtraArgs`; filter-wise it needs ``params``.
 
     Raises:
-      ValueError: if rho is neither a finite number nor a schedule, or seed is not an
-        integer.
+      ValueError: if rho is neither a finite number nor a schedule, seed is not an
+        integer, axes are given without filterwise, or ``params`` are missing.
 
-    >>> import jax.numpy as jnp, msam_optax
+    >>> import jax.numpy as jnp, msam_optax, optax
     >>> ascent = msam_optax.ascents.gaussian(rho=0.5)
     >>> direction = jnp.array([3.0, 4.0])
     >>> epsilon, _ = ascent.update(direction, ascent.init(direction))
     >>> print(f"{jnp.linalg.norm(epsilon):.2f}")
     0.50
+    >>> falling = optax.cosine_decay_schedule(0.1, decay_steps=1000)
+    >>> rising = lambda step: 0.1 - falling(step)
+    >>> ascent = msam_optax.ascents.gaussian(rising, filterwise=True)
+    >>> tx = optax.chain(msam_optax.sharpness_aware_gradient(ascent), optax.sgd(0.1))
 
     References:
       Becker, Altrock and Risse, `Momentum-SAM <https://arxiv.org/abs/2401.12033>`_,
-      2024.
+      2024, for the control. Li et al., `Revisiting Random Weight Perturbation for
+      Efficiently Improving Generalization <https://arxiv.org/abs/2404.00357>`_, 2024,
+      and Li et al., `Flat-LoRA <https://arxiv.org/abs/2409.14396>`_, 2024, for
+      filter-wise noise. The division by :math:`\sqrt d` is Flat-LoRA's; without it
+      rho is :math:`\sqrt d` times smaller, and not one number for all layers.
     """
+    if axes is not None and not filterwise:
+        raise ValueError("axes say what a filter is: give filterwise=True with them.")
 
-    def perturb(rho, direction, key, step):
-        noise = draws_like(
-            direction,
-            key,
-            step,
-            lambda key, g: jax.random.normal(key, jnp.shape(g), jnp.result_type(g)),
-        )
-        return scale(safe_divide(rho, global_norm(noise)), noise)
+    def perturb(rho, direction, params, key, step):
+        if not filterwise:
+            noise = draws_like(
+                direction,
+                key,
+                step,
+                lambda key, g: jax.random.normal(key, jnp.shape(g), jnp.result_type(g)),
+            )
+            return scale(safe_divide(rho, global_norm(noise)), noise)
+
+        check_params("Noise is scaled by the weights' filters", params)
+        dtype = statistics_dtype(params)
+
+        def tensor(
+            layout: Layout, n: jax.Array, w: jax.Array, g: jax.Array
+        ) -> jax.Array:
+            if not layout.is_weight:
+                return jnp.zeros_like(g)
+            size = rho / math.sqrt(layout.filter_size(w))
+            return (size * layout.filter_norm(w.astype(dtype)) * n).astype(g.dtype)
+
+        noise = draws_like(direction, key, step, wide_normal)
+        return jax.tree.map(tensor, layouts(axes, params), noise, params, direction)
 
     return _random_ascent(rho, seed, perturb)
 
@@ -145,10 +197,9 @@ def _random_ascent(
         return RandomAscentState(ascent_step=jnp.zeros([], jnp.int32))
 
     def update_fn(direction, state, params=None, **extra_args):
-        del params
         step = training_step(state.ascent_step, extra_args)
         key = jax.random.fold_in(jax.random.key(seed), step)
-        epsilon = perturb(value_at(rho, step), direction, key, step)
+        epsilon = perturb(value_at(rho, step), direction, params, key, step)
         return epsilon, RandomAscentState(ascent_step=optax.safe_increment(step))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -23,6 +23,8 @@ What those around an optimizer share; their own docstrings tell what differs.
 
 from msam_optax.methods._ae_sam import ae_sam as ae_sam
 from msam_optax.methods._asam import asam as asam
+from msam_optax.methods._bsam import BsamState as BsamState
+from msam_optax.methods._bsam import bsam as bsam
 from msam_optax.methods._esam import esam as esam
 from msam_optax.methods._fisher_sam import fisher_sam as fisher_sam
 from msam_optax.methods._friendly_sam import friendly_sam as friendly_sam
@@ -35,14 +37,19 @@ from msam_optax.methods._looksam import looksam as looksam
 from msam_optax.methods._msam import adamw_msam as adamw_msam
 from msam_optax.methods._msam import msam as msam
 from msam_optax.methods._sam import sam as sam
+from msam_optax.methods._sampa import SampaState as SampaState
+from msam_optax.methods._sampa import sampa as sampa
 from msam_optax.methods._ss_sam import ss_sam as ss_sam
 from msam_optax.methods._wsam import wsam as wsam
 
 __all__ = [
+    "BsamState",
+    "SampaState",
     "adamw_msam",
     "ae_looksam",
     "ae_sam",
     "asam",
+    "bsam",
     "esam",
     "fisher_sam",
     "friendly_sam",
@@ -51,6 +58,7 @@ __all__ = [
     "looksam",
     "msam",
     "sam",
+    "sampa",
     "ss_sam",
     "wsam",
 ]

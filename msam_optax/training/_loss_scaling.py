@@ -152,10 +152,9 @@ def stay_finite(new: Any, old: Any) -> jax.Array:
     An optimizer's state can take up an infinity that its updates don't show: an
     accumulator of micro-batches, a momentum behind a sign.
     """
-    lost = [
-        jnp.sum(~jnp.isfinite(n) & jnp.isfinite(o), dtype=jnp.float32)
+    stay = [
+        jnp.all(jnp.isfinite(n) | ~jnp.isfinite(o))
         for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
         if jnp.issubdtype(n.dtype, jnp.inexact)  # not counters and keys
     ]
-    # A root, which every select of the new state then shares: see _base/numerics.
-    return jnp.sqrt(sum(lost, start=jnp.zeros([]))) == 0
+    return jnp.all(jnp.asarray(stay))
