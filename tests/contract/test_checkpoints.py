@@ -47,6 +47,28 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, dispatch, tmp_path):
     assert optax.tree.norm(optax.tree.cast(moved, jnp.float32)) > 0.01
 
 
+@pytest.mark.parametrize("name", ["msam", "ae_sam", "looksam"])
+def test_a_run_resumed_by_orbaxs_newer_interface_is_the_uninterrupted_one(
+    name, tmp_path
+):
+    if not hasattr(ocp, "v1"):
+        pytest.skip("orbax.checkpoint.v1 came with Orbax 0.12")
+    steps = resuming.uninterrupted(name)
+    saved, _ = steps[SAVED - 1]
+    with ocp.v1.training.Checkpointer(tmp_path / "run") as checkpoints:
+        checkpoints.save(SAVED, jax.tree.map(jnp.asarray, saved))
+    like = jax.device_put(
+        resuming.training(name).start(resuming.params()), jax.local_devices()[0]
+    )
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+    )
+    with ocp.v1.training.Checkpointer(tmp_path / "run") as checkpoints:
+        state = checkpoints.load(checkpoints.latest.step, target)
+    rest = resuming.advance(resuming.training(name), state, SAVED, STEPS)
+    assert_same_bits(rest, steps[SAVED:])
+
+
 @pytest.mark.parametrize("name", EMPLOYING)
 def test_what_was_resumed_decided_both_ways(name):
     seen = resuming.uninterrupted(name)[SAVED:]
