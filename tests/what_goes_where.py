@@ -806,7 +806,7 @@ MSAM = [
         "MSAM",
         "conditionally_transform",
         "around",
-        WRONG,
+        SEEN,
         lambda: optax.conditionally_transform(msam(sgd()), even),
         lambda: optax.conditionally_mask(sgd(), even),
         "The raw gradient is the update elsewhere.",
@@ -817,19 +817,14 @@ ROWS = [*SAM, *MSAM]
 
 
 def markdown(method: str) -> str:
-    """The rows of a method as a table with the places as columns."""
+    """The rows of a method as a table, each wrapper's places one under the other."""
+    lines = ["| Wrapper | Where | What comes of it |", "|---|---|---|"]
     rows = [row for row in ROWS if row.method == method]
-    lines = [
-        "| " + " | ".join(("wrapper", *PLACES)) + " |",
-        "|" + "---|" * (len(PLACES) + 1),
-    ]
     for wrapper in dict.fromkeys(row.wrapper for row in rows):
-        cells = {row.place: row for row in rows if row.wrapper == wrapper}
-        texts = [
-            f"**{cells[place].outcome}** {cells[place].why}".strip()
-            if place in cells
-            else "-"
-            for place in PLACES
-        ]
-        lines.append(f"| `{wrapper}` | " + " | ".join(texts) + " |")
+        name = f"`{wrapper}`"
+        found = [row for row in rows if row.wrapper == wrapper]
+        for row in sorted(found, key=lambda row: PLACES.index(row.place)):
+            outcome = f"**{row.outcome}**. {row.why}".strip()
+            lines.append(f"| {name} | {row.place} | {outcome} |")
+            name = ""
     return "\n".join(lines)

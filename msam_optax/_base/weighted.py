@@ -1,6 +1,6 @@
 """Means that say what they are taken over."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class WeightedMean(NamedTuple):
         return safe_divide(*self.summed())
 
 
-def is_weighted(x: Any) -> bool:
+def is_weighted(x: Any) -> TypeGuard[WeightedMean]:
     """Whether a node of a tree is a `WeightedMean`."""
     return isinstance(x, WeightedMean)
 

@@ -78,10 +78,10 @@ def recalibrate_batch_stats(
             "batch_stats: were params and model_state swapped?"
         )
     check_batches(batches)
-    check_alive("params", params)
-    check_alive("model_state", model_state)
     if not model_state or "batch_stats" not in model_state:
         return model_state
+    check_alive("params", params)
+    check_alive("model_state", model_state)
     arrays, static = split_arguments(apply_kwargs)
     variables = {**model_state, "params": params}
     old = variables.pop("batch_stats")

@@ -152,9 +152,10 @@ def stay_finite(new: Any, old: Any) -> jax.Array:
     An optimizer's state can take up an infinity that its updates don't show: an
     accumulator of micro-batches, a momentum behind a sign.
     """
-    stay = [
-        jnp.all(jnp.isfinite(n) | ~jnp.isfinite(o))
+    lost = [
+        jnp.sum(~jnp.isfinite(n) & jnp.isfinite(o), dtype=jnp.float32)
         for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
         if jnp.issubdtype(n.dtype, jnp.inexact)  # not counters and keys
     ]
-    return jnp.all(jnp.asarray(stay))
+    # A root, which every select of the new state then shares: see _base/numerics.
+    return jnp.sqrt(sum(lost, start=jnp.zeros([]))) == 0

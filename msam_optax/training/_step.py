@@ -75,7 +75,8 @@ class TrainStep:
             if self.dispatch(state, batch, key).where == "in_graph":
                 return self._in_graph(state, batch, key)
             clean, employed = self._first_half(state, batch, key)
-            if jax.config.jax_debug_key_reuse:  # else it would only take time
+            # Else it would only take time.
+            if jax.config.jax_debug_key_reuse:  # type: ignore[attr-defined]
                 key = used_again(key)
             return self._second_half(state, clean, batch, key, employed=bool(employed))
         except Exception as error:

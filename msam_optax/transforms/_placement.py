@@ -76,12 +76,23 @@ def _tiny_like(params: Any, entry: float) -> Any:
 
 
 def check_wrappers(state: optax.OptState, skips: bool = False) -> None:
-    """Raises ValueError for a wrapper around a second gradient, which it does not see.
+    """Raises ValueError for a wrapper that surely does not do what it is meant to.
+
+    An accumulator and a guard do not see a gradient that is taken inside, and what is
+    left out on some steps must be no whole optimizer.
 
     Args:
       state: of the whole optimizer; its structure alone counts.
       skips: whether steps that are not finite are skipped whole anyway.
     """
+    for some_steps in find_states(state, optax.ConditionallyTransformState):
+        if find_states(some_steps.inner_state, PERTURBED):
+            raise ValueError(
+                "optax.conditionally_transform stands around MSAM, a whole optimizer: "
+                "on the other steps the raw gradient would be the update. To leave "
+                "these out use optax.conditionally_mask; for MSAM on some steps give "
+                "rho a schedule."
+            )
     for accumulator in find_states(state, optax.MultiStepsState):
         if find_states(accumulator.inner_opt_state, SharpnessAwareState):
             raise ValueError(

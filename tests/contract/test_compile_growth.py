@@ -5,6 +5,7 @@ select is computed again in every fusion, see `msam_optax/_base/numerics.py`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,40 @@ def test_the_program_grows_with_the_number_of_tensors(name):
 @pytest.mark.parametrize("name", ASCENTS)
 def test_so_does_that_of_every_norm(name):
     assert growth(around(ASCENTS[name]())) < 1.1
+
+
+def instructions_in_step(name: str, tensors: int, **kwargs: Any) -> int:
+    """Of the whole program of `make_train_step`: metrics, branches and all."""
+    params = {
+        f"w{i}": jax.ShapeDtypeStruct((4, 4), jnp.float32) for i in range(tensors)
+    }
+    tx, scaling = build(name), kwargs.get("loss_scaling")
+    state = mo.TrainState(params, jax.eval_shape(tx.init, params))
+    if scaling is not None:
+        state = state._replace(loss_scale=jax.eval_shape(scaling.init))
+
+    def loss_fn(params, model_state, x, key):
+        return sum(jnp.sum((w @ x) ** 2) for w in params.values()), (model_state, {})
+
+    step = mo.make_train_step(loss_fn, tx, **kwargs)
+    vector = jax.ShapeDtypeStruct((4,), jnp.float32)
+    compiled = step.lower(state, vector, None).compile()
+    texts = [program.as_text() or "" for program in compiled.programs.values()]
+    return sum(text.count(" = ") for text in texts)
+
+
+@pytest.mark.parametrize(
+    "name, kwargs",
+    [
+        ("gsam", {}),
+        ("ae_looksam", {}),
+        ("ae_sam", {"dispatch": "host"}),
+        ("msam", {"loss_scaling": mo.LossScaling()}),
+    ],
+)
+def test_so_does_the_whole_training_step(name, kwargs):
+    small, large = (instructions_in_step(name, n, **kwargs) for n in (16, 48))
+    assert large / small / 3 < 1.1
 
 
 def test_a_norm_that_ends_in_a_select_grows_with_its_square():

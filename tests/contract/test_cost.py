@@ -175,12 +175,14 @@ def test_sam_needs_no_more_memory_than_that_of_optax(width, examples):
     ours, theirs = mo.sam(sgd(), RHO), sam_of_optax()
     ours_cost = step_cost(ours, width, examples)
     theirs_cost = step_cost(theirs, width, examples)
-    # The norm of epsilon, for the metrics, takes up to three per cent.
-    assert ours_cost.temporary_bytes <= 1.03 * theirs_cost.temporary_bytes + 256
+    # The metrics take up to three per cent, for the norm of epsilon, and the examples'
+    # losses at the perturbed point, for the sharpness.
+    told = 4 * examples + 256
+    assert ours_cost.temporary_bytes <= 1.03 * theirs_cost.temporary_bytes + told
     state_bytes = [
         nbytes(jax.eval_shape(tx.init, structs()[0])) for tx in (ours, theirs)
     ]
-    assert state_bytes[0] <= state_bytes[1]
+    assert state_bytes[0] <= state_bytes[1] + 4  # the sharpness
 
 
 def test_sam_needs_no_more_arithmetic_than_that_of_optax():

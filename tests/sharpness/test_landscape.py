@@ -94,7 +94,7 @@ def test_many_batches_do_not_add_up_rounding_errors():
     np.testing.assert_allclose(found, [0.1], rtol=2e-7)
 
 
-def test_batches_are_read_once_and_the_loss_is_traced_once():
+def test_batches_are_read_once_and_the_loss_is_not_traced_anew():
     traced, done, read = [], [], []
 
     def loss(params, batch):
@@ -118,7 +118,7 @@ def test_batches_are_read_once_and_the_loss_is_traced_once():
         )
     np.testing.assert_allclose(line, 1.5 * (1 + DISTANCES), rtol=1e-6)
     assert read == [1.0, 2.0] * 2 and done == [1, 2, 3, 4]
-    assert len(traced) == 1
+    assert len(traced) == 2  # for the losses, and for what the batches weigh
 
 
 def test_a_loss_that_is_not_finite_stays_where_it_is():

@@ -153,6 +153,7 @@ def test_what_gives_no_gradient_is_told_how(given, message):
 
 MASK = {"w": True, "b": False}
 BASE = optax.sgd(0.1)
+MSAM = mo.momentum_perturbation(optax.sgd(0.1, momentum=0.9), RHO)
 
 # Each trains "w" by SAM, with a perturbation of "w" alone.
 HIDING: dict[str, Callable[[Any], Any]] = {
@@ -291,6 +292,16 @@ def test_a_guard_around_a_second_gradient_is_seen_in_the_state():
     around = optax.apply_if_finite(mo.ae_sam(BASE, RHO, 9), 5)
     with pytest.raises(ValueError, match=r"put it inside, sam\(optax.apply_if_finite"):
         check_wrappers(jax.eval_shape(optax.chain(around).init, PARAMS))
+
+
+def test_msam_on_some_steps_of_a_wrapper_is_seen_in_the_state():
+    def on_even(tx):
+        return optax.conditionally_transform(tx, lambda step: step % 2 == 0)
+
+    check_wrappers(on_even(sam_gradient()).init(PARAMS))
+    check_wrappers(optax.conditionally_mask(MSAM, lambda step: True).init(PARAMS))
+    with pytest.raises(ValueError, match="conditionally_transform stands around MSAM"):
+        check_wrappers(on_even(MSAM).init(PARAMS))
 
 
 def test_a_guard_inside_skips_what_only_the_second_gradient_shows():
