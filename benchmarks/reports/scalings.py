@@ -18,7 +18,8 @@ Rows = Mapping[str, Sequence[Row]]
 
 NOTES = (
     "Seconds of tracing, compiling and starting are the processor's, of all threads "
-    "together; in brackets: over the base (SGD, or AdamW) in the same cell.",
+    "together; in brackets: over the base (SGD, or AdamW) in the same cell. Where "
+    "other work shares the machine they move by a fifth, and instructions by nothing.",
     "Instructions: of the optimized program. First step: its run after compiling; init "
     "and eval_params (its second call) outside of jit.",
     "Temporaries: over the step's arguments and results, in units of the parameters' "
