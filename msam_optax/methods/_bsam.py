@@ -134,10 +134,10 @@ def bsam(
     def init_fn(params: optax.Params) -> BsamState:
         check_init(params)
         wide = jax.tree.map(
-            lambda w: jnp.full(
-                jnp.shape(w),
+            lambda w: jnp.full_like(
+                w,
                 initial_precision,
-                jnp.promote_types(jnp.result_type(w), jnp.float32),
+                dtype=jnp.promote_types(jnp.result_type(w), jnp.float32),
             ),
             params,
         )
