@@ -179,7 +179,7 @@ def _dual_direction(direction: optax.Updates, p: float) -> optax.Updates:
         powers = jax.tree.map(
             lambda s: ((s == largest) & (largest > 0)).astype(dtype), sizes
         )
-        factor = safe_divide(1, _sum(powers, dtype))
+        total = _sum(powers, dtype)
     else:
         q = p / (p - 1)
         # The quotient does not change when g is scaled, and no power overflows then.
@@ -188,7 +188,7 @@ def _dual_direction(direction: optax.Updates, p: float) -> optax.Updates:
             lambda s: jnp.where(s > 0, jnp.where(s > 0, s, 1) ** (q - 1), 0), sizes
         )
         total = _sum(jax.tree.map(lambda s: s**q, sizes), dtype)
-        factor = 1 / jnp.where(total == 0, 1, total) ** (1 / p)
+    factor = 1 / jnp.where(total == 0, 1, total) ** (1 / p)
     return jax.tree.map(
         lambda g, s: (factor * jnp.sign(g) * s).astype(g.dtype),
         direction,
