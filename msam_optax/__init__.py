@@ -69,6 +69,7 @@ from msam_optax.transforms import remembered_gradient as remembered_gradient
 from msam_optax.transforms import reuse_remembered as reuse_remembered
 from msam_optax.transforms import selected_gradient as selected_gradient
 from msam_optax.transforms import sharpness_aware_gradient as sharpness_aware_gradient
+from msam_optax.transforms import train_params as train_params
 
 __all__ = [
     "AlternatingAscentState",
@@ -131,6 +132,7 @@ __all__ = [
     "sharpness_aware_gradient",
     "ss_sam",
     "step_metrics",
+    "train_params",
     "wsam",
 ]
 

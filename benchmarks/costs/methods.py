@@ -87,7 +87,7 @@ METHODS: dict[str, Method] = {
     "sgd, control": Method(lambda _: _sgd(), "sgd"),
     "nag": Method(lambda _: _sgd(nesterov=True), "sgd"),
     "msam": Method(
-        lambda _: msam_optax.msam(_LEARNING_RATE, MOMENTUM, _MSAM_RHO), "sgd"
+        lambda _: msam_optax.msam(_LEARNING_RATE, MOMENTUM, rho=_MSAM_RHO), "sgd"
     ),
     "momentum_perturbation(sgd)": Method(
         lambda _: msam_optax.momentum_perturbation(_sgd(), _MSAM_RHO), "sgd"

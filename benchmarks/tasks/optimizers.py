@@ -106,7 +106,7 @@ def _msam(setting: Setting) -> optax.GradientTransformation:
     # authors' code.
     return optax.chain(
         optax.add_decayed_weights(setting.weight_decay),
-        msam_optax.msam(setting.schedule, setting.momentum, setting.rho),
+        msam_optax.msam(setting.schedule, setting.momentum, rho=setting.rho),
     )
 
 

@@ -81,7 +81,7 @@ def linen_loss(
     >>> from msam_optax.flax.linen import init_linen, linen_loss
     >>> def loss(outputs, batch):
     ...     return jnp.mean((outputs - batch[1]) ** 2), {}
-    >>> model, tx = nn.Dense(1), msam_optax.msam(0.1)
+    >>> model, tx = nn.Dense(1), msam_optax.msam(0.1, rho=0.3)
     >>> batch = (jnp.ones((8, 3)), jnp.zeros((8, 1)))
     >>> state = init_linen(model, tx, jax.random.key(0), batch[0])
     >>> step = msam_optax.make_train_step(linen_loss(model, loss), tx)

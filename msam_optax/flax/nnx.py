@@ -79,7 +79,7 @@ def nnx_loss(model: nnx.Module, loss: NNXLoss, *others: Any) -> LossFn:
     >>> from msam_optax.flax.nnx import init_nnx, nnx_loss
     >>> def loss(model, batch):
     ...     return jnp.mean((model(batch[0]) - batch[1]) ** 2), {}
-    >>> model, tx = nnx.Linear(3, 1, rngs=nnx.Rngs(0)), msam_optax.msam(0.1)
+    >>> model, tx = nnx.Linear(3, 1, rngs=nnx.Rngs(0)), msam_optax.msam(0.1, rho=0.3)
     >>> step = msam_optax.make_train_step(nnx_loss(model, loss), tx)
     >>> state = init_nnx(model, tx)
     >>> state, metrics = step(state, (jnp.ones((8, 3)), jnp.zeros((8, 1))), None)
@@ -171,7 +171,7 @@ def nnx_update(
     >>> def loss(model, batch):
     ...     return jnp.mean((model(batch[0]) - batch[1]) ** 2), {}
     >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
-    >>> optimizer = nnx.Optimizer(model, msam_optax.msam(0.1), wrt=nnx.Param)
+    >>> optimizer = nnx.Optimizer(model, msam_optax.msam(0.1, rho=0.3), wrt=nnx.Param)
     >>> @nnx.jit
     ... def step(model, optimizer, batch):
     ...     return nnx_update(model, optimizer, loss, batch)

@@ -13,7 +13,7 @@ from msam_optax.training._state import TrainState
 from msam_optax.transforms._employ import EmployState
 from msam_optax.transforms._eval_params import perturbation_norm
 from msam_optax.transforms._find_momentum import find_states
-from msam_optax.transforms._momentum import PERTURBED
+from msam_optax.transforms._perturbed_states import PERTURBED
 from msam_optax.transforms._sharpness_aware import SharpnessAwareState
 
 

@@ -8,22 +8,23 @@ from msam_optax.transforms._decoupled import (
     DecoupledSharpnessState as DecoupledSharpnessState,
 )
 from msam_optax.transforms._decoupled import decoupled_sharpness as decoupled_sharpness
+from msam_optax.transforms._direction import MomentumFn as MomentumFn
 from msam_optax.transforms._employ import EmployState as EmployState
 from msam_optax.transforms._employ import Otherwise as Otherwise
 from msam_optax.transforms._employ import employ as employ
 from msam_optax.transforms._eval_params import eval_params as eval_params
+from msam_optax.transforms._eval_params import train_params as train_params
 from msam_optax.transforms._find_momentum import find_momentum as find_momentum
 from msam_optax.transforms._m_sharpness import MSharpness as MSharpness
 from msam_optax.transforms._m_sharpness import m_sharpness as m_sharpness
-from msam_optax.transforms._momentum import MomentumFn as MomentumFn
-from msam_optax.transforms._momentum import (
-    MomentumPerturbationState as MomentumPerturbationState,
-)
-from msam_optax.transforms._momentum import (
-    StoredPerturbationState as StoredPerturbationState,
-)
 from msam_optax.transforms._momentum import (
     momentum_perturbation as momentum_perturbation,
+)
+from msam_optax.transforms._perturbed_states import (
+    MomentumPerturbationState as MomentumPerturbationState,
+)
+from msam_optax.transforms._perturbed_states import (
+    StoredPerturbationState as StoredPerturbationState,
 )
 from msam_optax.transforms._remembered import (
     RememberedGradientState as RememberedGradientState,
@@ -60,4 +61,5 @@ __all__ = [
     "reuse_remembered",
     "selected_gradient",
     "sharpness_aware_gradient",
+    "train_params",
 ]

@@ -53,26 +53,34 @@ def find_momentum(inner_state: optax.OptState, params: optax.Params) -> optax.Up
 
 def momentum_leaves(inner_state: optax.OptState, params: optax.Params) -> list[Any]:
     """The momentum of each of the parameters' leaves, None where there is none."""
-    like = _Like(params)
-    found = list(_candidates(inner_state, like))
+    merged: list[Any] = [None] * len(jax.tree.leaves(params))
+    for _, part in momentum_parts(inner_state, params):
+        for i, leaf in part.items():
+            merged[i] = leaf
+    return merged
+
+
+def momentum_parts(
+    inner_state: optax.OptState, params: optax.Params
+) -> list[tuple[str, dict[int, Any]]]:
+    """The momenta, each with its name and its leaves by their parameter's position."""
+    found = list(_candidates(inner_state, _Like(params)))
     if not found:
         raise ValueError(
             "No momentum like the parameters was found in the optimizer's state "
             f"(fields {' and '.join(MOMENTUM_FIELDS)} of {_state_names(inner_state)}). "
             "Use an optimizer with momentum, for instance optax.sgd(learning_rate, "
-            "momentum=0.9), or say where it is: momentum_fn=lambda inner_state: ..."
+            "momentum=0.9), say where it is, momentum_fn=lambda inner_state: ..., or "
+            'perturb along the update: momentum_perturbation(..., along="update").'
         )
-    merged: list[Any] = [None] * len(like.shapes)
-    for _, part in found:
-        for i, leaf in part.items():
-            if merged[i] is not None:
-                raise ValueError(
-                    "Several momenta were found in the optimizer's state: "
-                    f"{', '.join(name for name, _ in found)}. "
-                    "Choose one: momentum_fn=lambda inner_state: ..."
-                )
-            merged[i] = leaf
-    return merged
+    places = [i for _, part in found for i in part]
+    if len(places) != len(set(places)):
+        raise ValueError(
+            "Several momenta were found in the optimizer's state: "
+            f"{', '.join(name for name, _ in found)}. "
+            "Choose one: momentum_fn=lambda inner_state: ..."
+        )
+    return found
 
 
 def leaves_like(tree: Any, params: optax.Params) -> list[Any] | None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from msam_optax.transforms._find_momentum import find_states
-from msam_optax.transforms._momentum import PERTURBED
+from msam_optax.transforms._perturbed_states import PERTURBED
 from msam_optax.transforms._remembered import RememberedGradientState
 from msam_optax.transforms._sharpness_aware import SharpnessAwareState
 

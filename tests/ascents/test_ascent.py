@@ -366,7 +366,7 @@ def test_complex_parameters_are_refused_and_told_what_to_do(name):
     with pytest.raises(ValueError, match="hold the real and the imaginary part"):
         mo.sharpness_aware_gradient(ASCENTS[name]).init(params)
     with pytest.raises(ValueError, match="hold the real and the imaginary part"):
-        mo.msam(0.1).init(params)
+        mo.msam(0.1, rho=0.3).init(params)
 
 
 @pytest.mark.parametrize("value", [None, "0.1", jnp.ones(3)])

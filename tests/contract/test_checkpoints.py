@@ -272,8 +272,8 @@ def test_msam_takes_over_a_plain_run_and_hands_it_back(pair, problem, x64, tmp_p
 def test_a_plain_optimizer_does_not_take_msams_own_checkpoint_for_its_own(tmp_path):
     params = resuming.params()
     for trained, target in (
-        (mo.msam(0.1), optax.sgd(0.1, momentum=0.9)),
-        (optax.sgd(0.1, momentum=0.9), mo.msam(0.1)),
+        (mo.msam(0.1, rho=0.3), optax.sgd(0.1, momentum=0.9)),
+        (optax.sgd(0.1, momentum=0.9), mo.msam(0.1, rho=0.3)),
     ):
         directory = tmp_path / type(trained.init(params)).__name__
         save(directory, 1, mo.TrainState(params, trained.init(params)))

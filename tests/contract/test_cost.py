@@ -104,7 +104,7 @@ def base_cost() -> Cost:
 @pytest.mark.parametrize(
     "tx, gradients",
     [
-        (mo.msam(LR), 1),
+        (mo.msam(LR, rho=0.3), 1),
         (mo.momentum_perturbation(sgd(), RHO), 1),
         (mo.sam(sgd(), RHO), 2),
         (mo.asam(sgd(), RHO), 2),
@@ -195,9 +195,9 @@ def test_sam_needs_no_more_arithmetic_than_that_of_optax():
     "tx, moved",
     [
         (sgd(), 6),
-        (mo.msam(LR), 8),
+        (mo.msam(LR, rho=0.3), 8),
         (optax.adamw(LR), 10),
-        (mo.adamw_msam(LR), 12),
+        (mo.adamw_msam(LR, rho=1.0), 12),
     ],
     ids=["sgd", "msam", "adamw", "adamw_msam"],
 )
@@ -278,8 +278,8 @@ def all_reduces() -> dict[str, Any]:
     mesh = Mesh(np.array(jax.devices()), ("data",))
     methods = {
         "sgd": sgd(),
-        "msam": mo.msam(LR),
-        "adamw_msam": mo.adamw_msam(LR),
+        "msam": mo.msam(LR, rho=0.3),
+        "adamw_msam": mo.adamw_msam(LR, rho=1.0),
         "sam": mo.sam(sgd(), RHO),
     }
     counts: dict[str, Any] = {

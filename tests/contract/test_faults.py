@@ -205,7 +205,7 @@ def test_frozen_parameters_do_not_move_and_the_others_do(name):
 
 def test_freezing_after_msam_hides_from_eval_params_that_nothing_was_perturbed():
     # Why the table above has no such entry.
-    p, state = run(optax.chain(mo.msam(0.05), freeze()), HEALTHY[0])[-1]
+    p, state = run(optax.chain(mo.msam(0.05, rho=0.3), freeze()), HEALTHY[0])[-1]
     assert digest(p["vector"]) == digest(tree()["vector"])
     assert digest(mo.eval_params(state, p)["vector"]) != digest(p["vector"])
 

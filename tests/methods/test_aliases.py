@@ -72,7 +72,9 @@ MSAM_CASES = {
         recursions.msam,
         dict(lr=0.05, rho=RHO, momentum=MU),
     ),
-    "defaults": Case(lambda: mo.msam(0.05), recursions.msam, dict(lr=0.05, rho=0.3)),
+    "defaults": Case(
+        lambda: mo.msam(0.05, rho=0.3), recursions.msam, dict(lr=0.05, rho=0.3)
+    ),
     "schedules": Case(
         lambda: mo.msam(lr, momentum=MU, rho=ramp),
         recursions.msam,
@@ -121,7 +123,9 @@ MSAM_CASES = {
         dict(lr=0.02, weight_decay=DECAY, rho=RHO),
     ),
     "adamw defaults": Case(
-        lambda: mo.adamw_msam(0.02), recursions.adamw_msam, dict(lr=0.02, rho=1.0)
+        lambda: mo.adamw_msam(0.02, rho=1.0),
+        recursions.adamw_msam,
+        dict(lr=0.02, rho=1.0),
     ),
     "adamw schedules": Case(
         lambda: mo.adamw_msam(lr, 0.8, 0.95, 1e-3, weight_decay=DECAY, rho=ramp),

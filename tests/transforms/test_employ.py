@@ -353,6 +353,6 @@ def test_a_missing_grad_fn_is_asked_for_even_where_it_is_not_employed():
 
 
 def test_employing_msam_is_refused():
-    tx = optax.chain(mo.employ(mo.policies.every(2), mo.msam(0.1)))
+    tx = optax.chain(mo.employ(mo.policies.every(2), mo.msam(0.1, rho=0.3)))
     with pytest.raises(ValueError, match="give rho a schedule"):
         tx.init(jnp.ones(3))

@@ -587,13 +587,6 @@ def test_a_thousand_steps_in_single_precision_keep_the_clean_weights(name):
     assert ours < 1e-5
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_a_thousand_steps_in_bfloat16_drift_no_more_than_the_base_optimizer(name):
-    tx, base = (make() for make in PAIRS[name])
-    ours, bases = drift(tx, base, jnp.bfloat16)
-    assert ours < 2 * bases + 0.01
-
-
 # --- Memory ---------------------------------------------------------------------------
 
 
@@ -606,16 +599,26 @@ def state_bytes(tx: Any, params: Any) -> int:
 @pytest.mark.parametrize(
     "make, base",
     [
-        (lambda rho: mo.msam(LR, rho=rho), sgd()),
-        (lambda rho: mo.adamw_msam(LR, rho=rho), optax.adamw(LR)),
-        (lambda rho: mo.momentum_perturbation(optax.lion(LR), rho), optax.lion(LR)),
+        (lambda rho, **exact: mo.msam(LR, rho=rho, **exact), sgd()),
+        (lambda rho, **exact: mo.adamw_msam(LR, rho=rho, **exact), optax.adamw(LR)),
+        (
+            lambda rho, **exact: mo.momentum_perturbation(optax.lion(LR), rho, **exact),
+            optax.lion(LR),
+        ),
     ],
     ids=["msam", "adamw_msam", "around lion"],
 )
 def test_the_state_is_the_base_optimizers_and_one_scalar(make, base, dtype):
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), mlp().params)
-    assert state_bytes(make(RHO), params) == state_bytes(base, params) + 4
-    assert state_bytes(make(ramp), params) == state_bytes(base, params) + 8
+    for rho, scalars in ((RHO, 1), (ramp, 2)):
+        extra = state_bytes(make(rho, exact=False), params) - state_bytes(base, params)
+        assert extra == 4 * scalars
+        more = state_bytes(make(rho), params) - state_bytes(base, params)
+        if dtype == jnp.float32:
+            assert more == extra
+        else:  # one float32 tree in the place of the scalar
+            size = sum(x.size for x in jax.tree.leaves(params))
+            assert more == 4 * (size + scalars - 1)
 
 
 def temporary_bytes(tx: Any, params: Any) -> int:
@@ -716,8 +719,8 @@ def test_a_momentum_that_is_no_number_is_refused_when_built(factory, decay):
 @pytest.mark.parametrize(
     "tx",
     [
-        mo.msam(LR),
-        mo.adamw_msam(LR),
+        mo.msam(LR, rho=0.3),
+        mo.adamw_msam(LR, rho=1.0),
         mo.momentum_perturbation(sgd(), ascent=mo.ascents.normalized(RHO)),
     ],
 )
@@ -735,7 +738,7 @@ def test_a_momentum_fn_of_another_structure_is_refused():
 
 
 def msam_state(params: Any) -> Any:
-    return mo.msam(LR).init(params)
+    return mo.msam(LR, rho=0.3).init(params)
 
 
 def test_eval_params_refuses_the_state_of_other_parameters():
@@ -752,7 +755,7 @@ def test_eval_params_refuses_swapped_arguments():
     params = {"w": jnp.ones(2)}
     for state in (
         msam_state(params),
-        optax.apply_if_finite(mo.msam(LR), 2).init(params),
+        optax.apply_if_finite(mo.msam(LR, rho=0.3), 2).init(params),
     ):
         with raises("were they swapped"):
             mo.eval_params(params, state)
@@ -764,7 +767,7 @@ def test_eval_params_refuses_swapped_arguments():
 
 def test_eval_params_refuses_a_batched_state_and_names_vmap():
     params = {"w": jnp.ones((3, 2))}
-    state = jax.vmap(mo.msam(LR).init)(params)
+    state = jax.vmap(mo.msam(LR, rho=0.3).init)(params)
     with raises(r"use jax\.vmap\(eval_params\)\(state, params\)"):
         mo.eval_params(state, params)
     jax.vmap(mo.eval_params)(state, params)
@@ -782,7 +785,9 @@ def test_without_rho_the_optimizer_is_the_base_itself():
     base = optax.with_extra_args_support(sgd())
     assert mo.momentum_perturbation(base, 0.0) is base
     params = {"w": jnp.ones(2)}
-    chex.assert_trees_all_equal(mo.msam(LR, MU, 0.0).init(params), base.init(params))
+    chex.assert_trees_all_equal(
+        mo.msam(LR, MU, rho=0.0).init(params), base.init(params)
+    )
 
 
 def test_parameters_named_like_states_are_no_momenta():
@@ -795,7 +800,8 @@ def test_parameters_named_like_states_are_no_momenta():
 
 
 @pytest.mark.parametrize(
-    "inner", [mo.msam(0.1), optax.chain(optax.clip(1.0), mo.adamw_msam(0.1))]
+    "inner",
+    [mo.msam(0.1, rho=0.3), optax.chain(optax.clip(1.0), mo.adamw_msam(0.1, rho=1.0))],
 )
 def test_msam_inside_msam_is_refused(inner):
     with pytest.raises(ValueError, match="must not be nested"):
@@ -819,7 +825,7 @@ def test_msam_inside_msam_is_refused(inner):
 )
 def test_eval_params_does_not_return_perturbed_parameters_in_silence(call, message):
     params = {"w": jnp.ones(3)}
-    tx = optax.chain(mo.msam(0.1))
+    tx = optax.chain(mo.msam(0.1, rho=0.3))
     with pytest.raises(ValueError, match=message):
         call(tx, tx.init(params), params)
 
@@ -842,7 +848,7 @@ def test_eval_params_prints_no_array_to_find_the_momentum(monkeypatch):
         return ""
 
     params = {"layer": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}}
-    state = optax.chain(optax.clip(1.0), mo.msam(0.1)).init(params)
+    state = optax.chain(optax.clip(1.0), mo.msam(0.1, rho=0.3)).init(params)
     array_type = type(params["layer"]["bias"])
     monkeypatch.setattr(array_type, "__repr__", count)
     clean = mo.eval_params(state, params)
