@@ -42,6 +42,9 @@ AROUND: dict[str, Callable[[Any], Any]] = {
     "momentum_perturbation, adaptive": lambda base: mo.momentum_perturbation(
         base, ascent=mo.ascents.adaptive(falling, eta=0.01)
     ),
+    "momentum_perturbation, along the update": lambda base: mo.momentum_perturbation(
+        base, falling, along="update"
+    ),
     "sam": lambda base: mo.sam(base, 0.2),
     "sam, rho schedule": lambda base: mo.sam(base, falling),
     "sam, second order": lambda base: optax.chain(

@@ -9,7 +9,7 @@ import optax
 from msam_optax._base.hyperparams import check_transformation
 from msam_optax._base.trees import check_init, check_params, check_state
 from msam_optax.ascents._make import perturbation
-from msam_optax.transforms._momentum import StoredPerturbationState
+from msam_optax.transforms._perturbed_states import StoredPerturbationState
 
 
 class AlternatingAscentState(NamedTuple):

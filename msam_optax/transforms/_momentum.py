@@ -130,15 +130,18 @@ def momentum_perturbation(
             "momentum_perturbation needs either rho or an ascent, but "
             f"rho={rho!r} and ascent={ascent!r} were given."
         )
-    if ascent is None and momentum_fn is None and along == "momentum":
+    if rho is not None and momentum_fn is None and along == "momentum":
         return scaled_momentum_perturbation(inner, rho, exact)
     inner = check_transformation("inner", inner)
-    if along == "update" and static_value(rho) == 0:
-        return inner
-    direction = (
-        along_update(inner) if along == "update" else along_momentum(inner, momentum_fn)
-    )
-    ascent = ascents.normalized(rho) if ascent is None else ascent
+    if rho is not None:
+        if along == "update" and static_value(rho) == 0:
+            return inner
+        ascent = ascents.normalized(rho)
     return stored_perturbation(
-        inner, check_transformation("ascent", ascent), direction, exact
+        inner,
+        check_transformation("ascent", ascent),
+        along_update(inner)
+        if along == "update"
+        else along_momentum(inner, momentum_fn),
+        exact,
     )

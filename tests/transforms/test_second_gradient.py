@@ -288,7 +288,7 @@ def test_what_leaves_the_gradient_alone_is_let_pass(name):
 def test_a_guard_around_a_second_gradient_is_seen_in_the_state():
     inside = mo.sam(optax.apply_if_finite(BASE, 5)).init(PARAMS)
     check_wrappers(inside)
-    check_wrappers(optax.apply_if_finite(mo.msam(0.1), 5).init(PARAMS))
+    check_wrappers(optax.apply_if_finite(mo.msam(0.1, rho=0.3), 5).init(PARAMS))
     around = optax.apply_if_finite(mo.ae_sam(BASE, RHO, 9), 5)
     with pytest.raises(ValueError, match=r"put it inside, sam\(optax.apply_if_finite"):
         check_wrappers(jax.eval_shape(optax.chain(around).init, PARAMS))
@@ -346,7 +346,7 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "gsam": lambda: mo.gsam(optax.adamw(1e-3)),
     "looksam": lambda: mo.looksam(BASE),
     "wsam, decoupled": lambda: mo.wsam(BASE, learning_rate=0.1),
-    "msam": lambda: mo.msam(0.1),
+    "msam": lambda: mo.msam(0.1, rho=0.3),
     "sgd": lambda: optax.sgd(0.1, momentum=0.9),
     "adamw": lambda: optax.adamw(1e-3),
     "lion": lambda: optax.lion(1e-3),
