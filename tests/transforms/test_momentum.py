@@ -713,7 +713,7 @@ def test_a_rho_that_is_no_number_is_refused_when_built(factory, rho):
 def test_a_momentum_that_is_no_number_is_refused_when_built(factory, decay):
     name = {mo.msam: "momentum", mo.adamw_msam: "b1"}[factory]
     with raises(f"{name} must be one finite real number"):
-        factory(LR, **{name: decay})
+        factory(LR, rho=RHO, **{name: decay})
 
 
 @pytest.mark.parametrize(
