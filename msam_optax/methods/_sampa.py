@@ -89,7 +89,7 @@ def sampa(
       A :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: if lambda_ is outside [0, 1], learning_rate is neither a finite number
+      ValueError: if ``lambda_`` is outside [0, 1], learning_rate neither a finite number
         nor a schedule, or sharding is no NamedSharding of one axis of size two; else as
         :func:`msam_optax.sharpness_aware_gradient`.
 

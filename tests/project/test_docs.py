@@ -52,4 +52,5 @@ def test_readme_is_short():
 
 def test_every_method_has_a_row_on_the_page_of_blocks():
     table = (SITE / "_parts" / "methods_table.md").read_text()
-    assert not [name for name in methods.__all__ if f"msam_optax.{name}>" not in table]
+    names = [name for name in methods.__all__ if name.islower()]
+    assert not [name for name in names if f"msam_optax.{name}>" not in table]
