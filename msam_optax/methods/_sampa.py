@@ -89,8 +89,8 @@ def sampa(
       A :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: if ``lambda_`` is outside [0, 1], learning_rate neither a finite number
-        nor a schedule, or sharding is no NamedSharding of one axis of size two; else as
+      ValueError: if ``lambda_`` is outside [0, 1], learning_rate is no finite number
+        and no schedule, or sharding no NamedSharding of one axis of size two; else as
         :func:`msam_optax.sharpness_aware_gradient`.
 
     >>> import msam_optax, optax
