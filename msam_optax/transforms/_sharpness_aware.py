@@ -127,7 +127,7 @@ def sharpness_aware_gradient(
         gradient = perturbed if combine is None else combine(updates, perturbed)
         clean_loss = extra_args.get("value")
         known = loss is not None and clean_loss is not None
-        rise = loss - clean_loss if known else 0
+        rise = loss - clean_loss if known else state.sharpness
         return gradient, ascended_state(ascent_state, params, ascended, rise)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
