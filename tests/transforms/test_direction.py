@@ -45,6 +45,7 @@ def factories() -> dict[str, Callable[[], Any]]:
 
 FACTORIES = factories()
 REFUSED = {
+    "galore",  # its momentum is turned into other coordinates
     "lars",
     "lars, momentum",
     "lars, nesterov",
