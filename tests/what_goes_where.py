@@ -758,9 +758,8 @@ MSAM = [
         "MSAM",
         "flatten",
         "around",
-        REFUSED,
+        RIGHT,
         lambda: optax.flatten(msam(sgd())),
-        why="It trains, but `eval_params` can't tell the parameters' form.",
     ),
     row(
         "MSAM",
