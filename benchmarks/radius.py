@@ -1,6 +1,6 @@
 """MSAM's best radius against learning rate and momentum, and what ports of it cost.
 
-On the validation split of `study.py`'s digits, with MSAM's weight decay of there. The
+On the validation split of `tune.py`'s digits, with MSAM's weight decay of there. The
 ports that differ from the authors' code have the sign reversed, or take one norm for
 each tensor.
 

@@ -2,7 +2,7 @@
 
 Both thresholds move together: lambda_1 = shift - 1 at the end and lambda_2 = shift + 1
 at the start; a shift of 0 is the paper's. Trains on the whole training part, at the
-setting that `study.py digits` chose for AE-SAM, and evaluates nothing.
+setting that `tune.py digits` chose for AE-SAM, and evaluates nothing.
 
     python benchmarks/shares.py
 """

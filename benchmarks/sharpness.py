@@ -1,6 +1,6 @@
 """How sharp each method's end point is, by several measures: does their order agree?
 
-The methods of `study.py`'s digits at their chosen settings. Measured over the first
+The methods of `tune.py`'s digits at their chosen settings. Measured over the first
 1000 training examples with the labels trained on:
 
 - rise: L(w + r g/|g|) - L(w) at the radius r = 0.1 along the gradient g;

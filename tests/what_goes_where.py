@@ -148,6 +148,10 @@ UNSEEN = "It does not see the gradient that is taken inside."
 MOVES = "It changes updates in which the perturbation's own move stands."
 NO_EXTRAS = "It hands no extra arguments on."
 HIDES = "The loss needs all parameters, of which it hides some."
+RAW = (
+    "What it hides gets the raw gradient as its update, as around any optimizer: "
+    "freeze it, or take `partition`."
+)
 
 Built = Callable[[], Any]
 
@@ -223,7 +227,7 @@ SAM = [
         FILLED,
         lambda: optax.chain(optax.masked(sam(sgd()), ONLY_A), FREEZE),
         chained(sgd(), FREEZE),
-        HIDES,
+        HIDES + " " + RAW,
         visible=("a",),
     ),
     row(
@@ -553,7 +557,7 @@ MSAM = [
         RIGHT,
         lambda: optax.masked(msam(sgd()), ONLY_A),
         lambda: optax.masked(sgd(), ONLY_A),
-        "Perturbs what it shows.",
+        "Perturbs what it shows. " + RAW,
     ),
     row(
         "MSAM",

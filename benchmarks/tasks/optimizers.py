@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import optax
 
@@ -72,7 +72,7 @@ class Method(NamedTuple):
       build: makes the optimizer.
       default: rho where it was not tuned, or the learning rate of a method without
         one.
-      space: what `study.py` draws its hyper-parameters from.
+      space: what `tune.py` draws its hyper-parameters from.
       base: the method whose learning rate this one takes over where it was not tuned;
         a method without one has no rho.
       extra_gradient: of how much of the batch the second gradient is, where there is
@@ -129,6 +129,28 @@ def _adamw_msam(setting: Setting) -> optax.GradientTransformation:
         setting.momentum,
         weight_decay=setting.weight_decay,
         rho=setting.rho,
+    )
+
+
+def _lion(setting: Setting) -> optax.GradientTransformation:
+    return optax.lion(
+        setting.schedule, setting.momentum, weight_decay=setting.weight_decay
+    )
+
+
+def _muon(setting: Setting) -> optax.GradientTransformation:
+    # Muon's matrices and AdamW's other tensors share rate and decay.
+    return optax.contrib.muon(
+        setting.schedule,
+        weight_decay=setting.weight_decay,
+        adam_weight_decay=setting.weight_decay,
+    )
+
+
+def _along(base: Build, direction: Literal["momentum", "update"]) -> Build:
+    """MSAM around a base, along its momentum or along its last update."""
+    return lambda setting: msam_optax.momentum_perturbation(
+        base(setting), setting.rho, along=direction
     )
 
 
@@ -206,6 +228,10 @@ def _bsam(setting: Setting) -> optax.GradientTransformation:
     )
 
 
+_MUON = Space(axis(1e-3, 0.1, (1, 3)), axis(0.05, 2.0))
+_MUON_MSAM = _MUON._replace(rho=MSAM_RHOS)
+_ADAMW_ALONG = ADAMW._replace(rho=MSAM_RHOS)
+
 METHODS: dict[str, Method] = {
     "sgd": Method(sgd, 0.1, SGD),
     "nag": Method(lambda s: sgd(s, nesterov=True), 0.1, SGD),
@@ -237,7 +263,15 @@ METHODS: dict[str, Method] = {
     "sampa": Method(_sampa, 0.1, SAM, "sgd"),
     "bsam": Method(_bsam, 0.05, SAM, "sgd"),
     "msam": Method(_msam, 1.0, MSAM, "sgd"),
-    "adamw_msam": Method(_adamw_msam, 1.0, ADAMW._replace(rho=MSAM_RHOS), "adamw"),
+    "adamw_msam": Method(_adamw_msam, 1.0, _ADAMW_ALONG, "adamw"),
+    "msam_along_update": Method(_along(sgd, "update"), 1.0, MSAM, "sgd"),
+    "adamw_along_update": Method(_along(_adamw, "update"), 1.0, _ADAMW_ALONG, "adamw"),
+    "lion": Method(_lion, 1e-4, ADAMW),
+    "lion_along_momentum": Method(_along(_lion, "momentum"), 1.0, _ADAMW_ALONG, "lion"),
+    "lion_along_update": Method(_along(_lion, "update"), 1.0, _ADAMW_ALONG, "lion"),
+    "muon": Method(_muon, 1e-2, _MUON),
+    "muon_along_momentum": Method(_along(_muon, "momentum"), 1.0, _MUON_MSAM, "muon"),
+    "muon_along_update": Method(_along(_muon, "update"), 1.0, _MUON_MSAM, "muon"),
 }
 
 
@@ -290,22 +324,8 @@ def _adamw_tail(setting: Setting) -> optax.GradientTransformation:
     return optax.chain(late, adamw)
 
 
-def _muon(setting: Setting) -> optax.GradientTransformation:
-    # Muon's matrices and AdamW's other tensors share rate and decay.
-    return optax.contrib.muon(
-        setting.schedule,
-        weight_decay=setting.weight_decay,
-        adam_weight_decay=setting.weight_decay,
-    )
-
-
-def _muon_msam(setting: Setting) -> optax.GradientTransformation:
-    return msam_optax.momentum_perturbation(_muon(setting), setting.rho)
-
-
 _ADAMW_SAM = ADAMW._replace(rho=axis(0.02, 0.5))
 _ADAMW_MSAM = ADAMW._replace(rho=axis(0.02, 0.5))
-_MUON = Space(axis(1e-3, 0.1, (1, 3)), axis(0.05, 2.0))
 
 # For a transformer: the optimizer and what its hyper-parameters are drawn from.
 AROUND_ADAMW: dict[str, tuple[Build, Space]] = {
@@ -315,7 +335,12 @@ AROUND_ADAMW: dict[str, tuple[Build, Space]] = {
     "ae_sam": (_adamw_ae_sam, _ADAMW_SAM),
     "sam, tail": (_adamw_tail, _ADAMW_SAM),
     "muon": (_muon, _MUON),
-    "muon, msam": (_muon_msam, _MUON._replace(rho=axis(0.02, 0.5))),
+    "muon, msam": (_along(_muon, "momentum"), _MUON._replace(rho=axis(0.02, 0.5))),
+    "muon, msam along the update": (
+        _along(_muon, "update"),
+        _MUON._replace(rho=axis(0.02, 0.5)),
+    ),
+    "adamw, msam along the update": (_along(_adamw, "update"), _ADAMW_MSAM),
 }
 
 
@@ -352,12 +377,12 @@ def hyperparameters(
     return hyperparameters(method.base, tuned)[0], method.default or None
 
 
-# What `study.py` tuned, by dataset and model, as compare.py trains them.
+# What `tune.py` tuned, by dataset and model, as compare.py trains them.
 _STUDIES = {("mnist5k", "mlp"): "digits"}
 
 
 def load_studied(dataset: str, model: str) -> tuple[dict[str, Hyperparameters], str]:
-    """The hyper-parameters that `study.py` chose, and in words where they come from.
+    """The hyper-parameters that `tune.py` chose, and in words where they come from.
 
     Returns:
       Hyper-parameters by method, empty if untuned; and their source.

@@ -80,6 +80,11 @@ def check_transformation(
     name: str, value: Any
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation, ready for extra arguments; ValueError if it is none."""
+    if isinstance(value, optax.MultiSteps):
+        raise ValueError(
+            f"{name} is an optax.MultiSteps, which is no transformation itself: give "
+            "its .gradient_transformation()."
+        )
     if not isinstance(value, optax.GradientTransformation):
         raise ValueError(
             f"{name} must be an optax.GradientTransformation, but {value!r} was given."

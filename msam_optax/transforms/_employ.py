@@ -127,6 +127,7 @@ def employ(
         decision, policy_state = policy.decide(
             updates, state.policy_state, params, **extra_args
         )
+        decision = jnp.asarray(decision, bool)  # a policy may say True
 
         # The updates are closed over and no operands, so that whoever is inside finds
         # the clean gradient by its identity.

@@ -12,7 +12,7 @@ class MomentumPerturbationState(NamedTuple):
     Attributes:
       inner_state: state of the inner optimizer, which holds the momentum v.
       scale: float32 scalar; the parameters in use are w - scale v. It is no length:
-        that is scale |v|.
+        that is scale times the momentum's norm.
       rho_state: counter of rho's schedule, empty for a constant.
     """
 

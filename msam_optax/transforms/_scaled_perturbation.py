@@ -33,7 +33,7 @@ from msam_optax._base.hyperparams import (
     static_value,
 )
 from msam_optax._base.numerics import global_norm, safe_divide, statistics_dtype
-from msam_optax._base.trees import check_params
+from msam_optax._base.trees import check_params, check_state
 from msam_optax.transforms._direction import along_momentum
 from msam_optax.transforms._find_momentum import add_momentum, find_momentum
 from msam_optax.transforms._perturbed_states import (
@@ -92,6 +92,7 @@ def scaled_momentum_perturbation(
     ) -> tuple[optax.Updates, State]:
         if isinstance(state, StoredPerturbationState):
             return stored.update(updates, state, params, **extra_args)
+        check_state(state, MomentumPerturbationState)
         check_params(WHY_PARAMS, params)
         momentum = find_momentum(state.inner_state, params)
         if previous is not None:

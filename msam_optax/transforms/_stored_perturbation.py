@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from msam_optax._base.trees import check_params
+from msam_optax._base.trees import check_params, check_state
 from msam_optax.ascents._make import perturbation
 from msam_optax.transforms._direction import Direction
 from msam_optax.transforms._find_momentum import add_momentum
@@ -60,6 +60,7 @@ def stored_perturbation(
         params: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, StoredPerturbationState]:
+        check_state(state, StoredPerturbationState)
         check_params(WHY_PARAMS, params)
         clean = add_momentum(params, state.perturbation, -1)
         inner_updates, inner_state = inner.update(

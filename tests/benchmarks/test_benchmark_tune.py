@@ -1,4 +1,4 @@
-"""Tests of benchmarks/study.py: the search, its records, and whole runs as programs."""
+"""Tests of benchmarks/tune.py: the search, its records, and whole runs as programs."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import study
+from benchmarks import tune
 from benchmarks.tasks import (
     data,
     models,
@@ -216,7 +216,7 @@ def test_command_resumes_and_tells_settings(
 ) -> None:
     out = tmp_path / "study"
     argv = ["digits", "--quick", "--methods", "sgd", "msam", "--out", str(out)]
-    assert study.main(argv) == 0
+    assert tune.main(argv) == 0
     files = {path.name: path.read_text() for path in out.iterdir()}
     chosen = json.loads(files["chosen.json"])
     assert set(chosen["methods"]) == {"sgd", "msam"}
@@ -228,24 +228,24 @@ def test_command_resumes_and_tells_settings(
 
     # The same command again trains nothing, and one that was cut off what is missing.
     made = []
-    train = study.Runner._train
+    train = tune.Runner._train
     monkeypatch.setattr(
-        study.Runner,
+        tune.Runner,
         "_train",
         lambda self, *args: made.append(args) or train(self, *args),  # type: ignore
     )
-    assert study.main(argv) == 0
+    assert tune.main(argv) == 0
     assert made == []
     kept = files["test.jsonl"].splitlines(keepends=True)[:-1]
     (out / "test.jsonl").write_text("".join(kept))
-    assert study.main([*argv, "--minutes", "1e-9"]) == 3
-    assert study.main(argv) == 0
+    assert tune.main([*argv, "--minutes", "1e-9"]) == 3
+    assert tune.main(argv) == 0
     assert len(made) == 2 and len((out / "test.jsonl").read_text().splitlines()) == 4
 
 
 def test_unknown_method_gets_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        study.main(["digits", "--methods", "sdg"])
+        tune.main(["digits", "--methods", "sdg"])
     assert "'sdg' is none of sgd, msam" in capsys.readouterr().err
 
 

@@ -5,9 +5,9 @@ over learning rate, weight decay and rho, on a part held out of the training par
 as many runs for each; then the chosen setting on the test part, with seeds that the
 search did not see. Nothing is chosen on the test part.
 
-    python benchmarks/study.py digits
-    python benchmarks/study.py policies-25 --methods coin every
-    python benchmarks/study.py characters --quick
+    python benchmarks/tune.py digits
+    python benchmarks/tune.py policies-25 --methods coin every
+    python benchmarks/tune.py characters --quick
 
 Each run is written down when it ends, and the same command goes on where it was cut
 off. A method's tests follow its search, so that what there is is complete.
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out or Path("runs/studies") / args.study
     plan, seeds = (_QUICK_PLAN, 2) if args.quick else (study.plan, study.seeds)
     console = Console()
-    provenance = report.provenance("study.py", argv)
+    provenance = report.provenance("tune.py", argv)
     deadline = time.monotonic() + 60 * args.minutes
     runner = Runner(study, args.quick, out, provenance["commit"], deadline)
     found: dict[str, Found] = {}
