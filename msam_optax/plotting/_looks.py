@@ -32,6 +32,9 @@ METHODS = (
     *("sgd", "msam", "sam", "ae_sam", "nag", "adam", "looksam"),
     *("esam", "adamw", "asam", "ss_sam", "ae_looksam", "gsam", "friendly_sam"),
     *("fisher_sam", "gradient_norm_penalty", "wsam", "wsam_decoupled", "adamw_msam"),
+    *("sam_renormalized", "le_sam", "spectral_sam", "filter_noise", "sampa", "bsam"),
+    *("msam_along_update", "adamw_along_update", "lion", "lion_along_momentum"),
+    *("lion_along_update", "muon", "muon_along_momentum", "muon_along_update"),
 )
 
 

@@ -74,8 +74,8 @@ def alternating_ascent(
     ...     grads = jax.grad(lambda w: jnp.sum(w**2))(params)
     ...     updates, state = tx.update(grads, state, params)
     ...     params = optax.apply_updates(params, updates)
-    >>> print(params.round(3))
-    [2.394 3.192]
+    >>> print(*(f"{w:.3f}" for w in params))
+    2.394 3.192
 
     References:
       Foret et al., `Sharpness-Aware Minimization for Efficiently Improving

@@ -220,7 +220,7 @@ def test_command_resumes_and_tells_settings(
     files = {path.name: path.read_text() for path in out.iterdir()}
     chosen = json.loads(files["chosen.json"])
     assert set(chosen["methods"]) == {"sgd", "msam"}
-    assert chosen["commit"] and chosen["command"].startswith("python benchmarks/study")
+    assert chosen["commit"] and chosen["command"].startswith("python benchmarks/tune")
     tests = [json.loads(line) for line in files["test.jsonl"].splitlines()]
     assert {row["seed"] for row in tests} == {100, 101}
     assert all(row["commit"] == chosen["commit"] for row in tests)
