@@ -8,7 +8,7 @@ import jax
 import pytest
 
 if not hasattr(jax, "enable_x64"):  # new in JAX 0.8
-    from jax.experimental import enable_x64
+    from jax.experimental import enable_x64  # type: ignore[attr-defined]
 
     jax.enable_x64 = enable_x64
 

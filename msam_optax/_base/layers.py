@@ -99,7 +99,7 @@ class Layout:
             rule = jax.vmap(rule)
         columns = math.prod(x.shape[i] for i in filters)
         result = rule(ordered.reshape(*layers, rows, columns))
-        return jnp.transpose(result.reshape(ordered.shape), np.argsort(order))
+        return jnp.transpose(result.reshape(ordered.shape), np.argsort(order).tolist())
 
 
 def layouts(axes: AxesLike, params: Any) -> Any:

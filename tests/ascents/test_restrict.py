@@ -158,4 +158,4 @@ def test_masks_that_are_none_are_refused(mask, message):
 
 def test_what_is_no_ascent_is_refused():
     with pytest.raises(ValueError, match="ascent must be an optax"):
-        ascents.restrict(0.1, MASK)  # type: ignore[arg-type]
+        ascents.restrict(0.1, MASK)

@@ -125,10 +125,11 @@ def host_flops(tx: optax.GradientTransformation) -> tuple[float, float]:
     """Of the programs of a step dispatched from the host: plain, and employed."""
     step = mo.make_train_step(loss_fn, tx, dispatch="host")
     compiled = step.lower(state_of(tx), structs()[1], KEY).compile()
-    flops = {
-        name: program.cost_analysis()["flops"]
-        for name, program in compiled.programs.items()
-    }
+    flops = {}
+    for name, program in compiled.programs.items():
+        analysis = program.cost_analysis()
+        assert analysis is not None
+        flops[name] = analysis["flops"]
     return flops["decide"] + flops["plain"], flops["decide"] + flops["employed"]
 
 

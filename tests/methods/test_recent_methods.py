@@ -344,7 +344,7 @@ def test_the_spectral_norm_is_the_radius_whatever_the_shape():
     given = [g["w"], g["conv"].reshape(18, 5), *g["scanned"]]
     for e, x in zip(matrices, given, strict=True):
         np.testing.assert_allclose(
-            e, 0.1 * recent.newton_schulz(np.float64(x)), atol=1e-5
+            e, 0.1 * recent.newton_schulz(np.asarray(x, np.float64)), atol=1e-5
         )
         values = np.linalg.svd(e, compute_uv=False)
         assert np.all((values > 0.06) & (values < 0.13))

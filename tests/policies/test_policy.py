@@ -352,7 +352,7 @@ def decisions_of_traced(policy: mo.policies.Policy, params: Any) -> Any:
         (lambda: mo.policies.tail(0, 0.5), "total_steps must be"),
         (lambda: mo.policies.tail(10, 1.5), r"fraction must be .* in \[0, 1\]"),
         (lambda: mo.policies.tail(10, 0.01), "fraction=0.01 of total_steps=10 has no"),
-        (lambda: mo.policies.tail(10, jnp.float32(0.2)), "must be Python numbers"),  # type: ignore[arg-type]
+        (lambda: mo.policies.tail(10, jnp.float32(0.2)), "must be Python numbers"),
         (lambda: mo.hold_then_decay(0.1, 10, 0.0), "at least one step"),
         (lambda: mo.hold_then_decay(math.nan, 10, 0.5), "value must be"),
         (lambda: mo.policies.adaptive(0), "total_steps must be"),

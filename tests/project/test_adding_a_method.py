@@ -42,7 +42,9 @@ def test_one_entry_in_the_table_puts_a_method_under_contract(added):
 
     handed: dict[str, Any] = {}
     tx = every_method.build(added, optax.chain(spy(handed), every_method.sgd()))
-    jax.eval_shape(lambda c: Carry(*one_step(tx, *c, 0, value=3.0)), start(tx))
+    jax.eval_shape(
+        lambda c: Carry(*one_step(tx, c.params, c.state, 0, value=3.0)), start(tx)
+    )
     assert handed["value"] == 3.0
 
 

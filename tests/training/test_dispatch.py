@@ -288,8 +288,8 @@ def test_decisions_in_a_scan_are_those_of_the_host():
 def test_a_step_compiled_ahead_of_time_makes_the_same_steps(loss_fn, programs):
     tx = ae_sam()
     step = mo.make_train_step(loss_fn, tx, donate=False)
-    shapes = jax.eval_shape(lambda: (state_of(tx), jnp.eye(3)))
-    lowered = step.lower(*shapes, None)
+    state_shapes, batch_shape = jax.eval_shape(lambda: (state_of(tx), jnp.eye(3)))
+    lowered = step.lower(state_shapes, batch_shape, None)
     assert list(lowered.programs) == programs
     compiled = lowered.compile()
     state = other = state_of(tx)

@@ -271,7 +271,9 @@ def test_the_sharpness_costs_no_pass(name):
     def flops(optimizer):
         step = mo.make_train_step(mean_loss, optimizer)
         program = step.lower(state, batch, None).compile().programs["step"]
-        return program.cost_analysis()["flops"]
+        analysis = program.cost_analysis()
+        assert analysis is not None
+        return analysis["flops"]
 
     without = optax.GradientTransformationExtraArgs(tx.init, silent)
     assert 0.995 < flops(tx) / flops(without) < 1.005

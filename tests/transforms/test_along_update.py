@@ -198,7 +198,11 @@ def test_frozen_parameters_stay_exactly_where_they_are(along):
     "build, message",
     [
         (
-            lambda: mo.momentum_perturbation(optax.sgd(0.1), RHO, along="gradient"),
+            lambda: mo.momentum_perturbation(
+                optax.sgd(0.1),
+                RHO,
+                along="gradient",  # type: ignore[arg-type]
+            ),
             'along must be "momentum" or "update", but \'gradient\'',
         ),
         (

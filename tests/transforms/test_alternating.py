@@ -63,7 +63,8 @@ def test_the_weights_come_back_without_drift(dtype):
     tx = mo.alternating_ascent(optax.sgd(0.0), mo.ascents.normalized(RHO))
 
     def body(carry: Any, _: Any) -> Any:
-        return call(tx, *carry, 1), None
+        params, state = carry
+        return call(tx, params, state, 1), None
 
     start = params, tx.init(params)
     (p, _), _ = jax.jit(lambda c: jax.lax.scan(body, c, None, length=200))(start)
@@ -91,9 +92,9 @@ def test_the_state_is_donated_with_the_parameters():
 
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="optimizer must be an optax"):
-        mo.alternating_ascent(0.1, mo.ascents.normalized(RHO))  # type: ignore[arg-type]
+        mo.alternating_ascent(0.1, mo.ascents.normalized(RHO))
     with pytest.raises(ValueError, match="ascent must be an optax"):
-        mo.alternating_ascent(base(), RHO)  # type: ignore[arg-type]
+        mo.alternating_ascent(base(), RHO)
     tx = alternating()
     with pytest.raises(ValueError, match="params were None"):
         tx.update(PARAMS, tx.init(PARAMS))

@@ -1,5 +1,6 @@
 """On which side of the step an optimizer's momentum is: recognised or refused."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -33,13 +34,13 @@ def factories() -> dict[str, Callable[[], Any]]:
             common = {"learning_rate": LR}
             if "key" in parameters:
                 common["key"] = 0
-            found[name] = lambda f=factory, o=common: f(**o)
+            found[name] = functools.partial(factory, **common)
             for option, value in (("momentum", 0.9), ("nesterov", True)):
                 if option in parameters:
                     options = {**common, option: value}
                     if option == "nesterov" and "momentum" in parameters:
                         options["momentum"] = 0.9
-                    found[f"{name}, {option}"] = lambda f=factory, o=options: f(**o)
+                    found[f"{name}, {option}"] = functools.partial(factory, **options)
     return found
 
 

@@ -40,7 +40,12 @@ def groups(n: int) -> tuple[optax.GradientTransformation, Any, Any, int]:
     )
     state = tx.init(params)
     nodes: list[Any] = []
-    jax.tree.leaves(state, is_leaf=lambda node: nodes.append(node))
+
+    def count(node: Any) -> bool:
+        nodes.append(node)
+        return False
+
+    jax.tree.leaves(state, is_leaf=count)
     return tx, params, state, len(nodes)
 
 

@@ -33,8 +33,8 @@ def weights(tx: Any, dtype: Any) -> np.ndarray:
         (w, state), _ = jax.lax.scan(body, (w, tx.init(w)), gradients)
         return mo.eval_params(state, w)
 
-    gradients = jnp.asarray(gradients, jnp.float32)
-    return np.asarray(train(jnp.asarray(start, dtype), gradients), np.float64)
+    end = train(jnp.asarray(start, dtype), jnp.asarray(gradients, jnp.float32))
+    return np.asarray(end, np.float64)
 
 
 def rms(x: np.ndarray) -> float:
