@@ -1,5 +1,6 @@
 """The site: Markdown pages, the API from the docstrings, nothing from afar."""
 
+import doctest
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ version = release = msam_optax.__version__
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "sphinx.ext.doctest",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx_design",
@@ -33,6 +35,9 @@ autodoc_typehints = "none"  # the docstrings tell more, and shapes with it
 autodoc_member_order = "bysource"
 autosummary_generate = True
 autosummary_imported_members = False
+autosummary_context = {
+    "methods": [f"msam_optax.{name}" for name in msam_optax.methods.__all__]
+}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
@@ -50,6 +55,9 @@ nitpick_ignore_regex = [
     ("py:class", r"numpy\..*|np\..*"),
     ("py:class", r"ArrayTree|chex\..*|optax\._src\..*"),
 ]
+
+# Docstrings are written for pytest, which runs them in the suite with these flags.
+doctest_default_flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 # Kept in the repository: a build asks nobody.
 intersphinx_mapping = {
