@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 from scipy import stats
 
 from benchmarks import arguments
@@ -86,11 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with args.rows.open(newline="", encoding="utf-8") as file:
         left = standardised(csv.DictReader(file))
-    args.out.mkdir(parents=True, exist_ok=True)
-    lines = [*table(left), "", *studies.origin(report.provenance("normality.py", argv))]
-    (args.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    provenance = report.provenance("normality.py", argv)
+    studies.publish(args.out / "table.md", table(left), provenance)
     figure(left).savefig(args.out / "normality.png")
-    Console().print("\n".join(lines), highlight=False, soft_wrap=True)
     return 0
 
 

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
 
 import msam_optax
 from benchmarks import arguments
@@ -166,11 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "",
         f"Validation accuracy in percent by rho, mean of {args.seeds} seeds, the best "
         f"in bold; weight decay {base.weight_decay:g}.",
-        "",
-        *studies.origin(provenance),
     ]
-    (args.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    Console().print("\n".join(lines), highlight=False, soft_wrap=True)
+    studies.publish(args.out / "table.md", lines, provenance)
     return 0
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
-from rich.console import Console
 
 import msam_optax
 from benchmarks import arguments
@@ -69,13 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for shift in SHIFTS:
         own = [100 * r["sam_fraction"] for r in rows if r["shift"] == shift]
         lines.append(f"| {shift - 1:g} | {shift + 1:g} | {np.mean(own):.1f} |")
-    args.out.mkdir(parents=True, exist_ok=True)
     provenance = report.provenance("shares.py", argv)
     lines += ["", f"At {setting}, {args.seeds} seeds, {args.epochs} epochs."]
-    lines += ["", *studies.origin(provenance)]
-    (args.out / "shares.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    studies.publish(args.out / "shares.md", lines, provenance)
     report.write_json(args.out / "shares.json", {**provenance, "rows": rows})
-    Console().print("\n".join(lines), highlight=False, soft_wrap=True)
     return 0
 
 

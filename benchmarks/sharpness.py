@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from rich.console import Console
 from scipy import stats
 
 from benchmarks import arguments
@@ -145,11 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "",
         f"± is the 95% interval over {args.seeds} seeds. The measures are those of "
         "`benchmarks/sharpness.py`.",
-        "",
-        *studies.origin(provenance),
     ]
-    (args.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    Console().print("\n".join(lines), highlight=False, soft_wrap=True)
+    studies.publish(args.out / "table.md", lines, provenance)
     return 0
 
 

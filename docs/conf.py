@@ -43,7 +43,6 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_attr_annotations = False
-napoleon_custom_sections = [("Cost", "notes_style")]
 
 # Types of signatures that are spelled out where they are defined, as their libraries
 # and Python do not document them under these names.

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from benchmarks.reports import report
 from benchmarks.tasks.search import Found, Plan
 
@@ -111,11 +113,19 @@ def _notes(kind: str, plan: Plan, provenance: Mapping[str, Any]) -> list[str]:
         "",
         "All runs, each with the commit of its code: `validation.jsonl`, `test.jsonl`.",
         "",
-        *origin(provenance),
+        *_origin(provenance),
     ]
 
 
-def origin(provenance: Mapping[str, Any]) -> list[str]:
+def publish(path: Path, lines: Sequence[str], provenance: Mapping[str, Any]) -> None:
+    """Writes Markdown with where it comes from below it, and shows it."""
+    text = "\n".join([*lines, "", *_origin(provenance)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
+    Console().print(text, highlight=False, soft_wrap=True)
+
+
+def _origin(provenance: Mapping[str, Any]) -> list[str]:
     """Command, commit, machine and versions, in Markdown."""
     lines = [f"Command: `{provenance['command']}`, commit {provenance['commit']}."]
     for key in ("machine", "versions"):

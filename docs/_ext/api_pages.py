@@ -74,7 +74,6 @@ def page(topic: str, module: str, folder: str | None, names: list[str]) -> str:
 def write(app: Sphinx, config: Any) -> None:
     folder = Path(app.srcdir) / "api"
     folder.mkdir(exist_ok=True)
-    pages = []
     for topic, names in documented().items():
         if not names:
             continue
@@ -83,7 +82,6 @@ def write(app: Sphinx, config: Any) -> None:
         text = page(topic, *where, names)
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
-        pages.append(path.stem)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -29,6 +29,7 @@ from msam_optax.transforms._sharpness_aware import (
     SharpnessAwareState,
     ascended_state,
     initial_state,
+    loss_rise,
 )
 
 
@@ -201,9 +202,7 @@ def bsam(
         new_updates = jax.tree.map(
             lambda m, s: (-eta * m / s).astype(m.dtype), momentum, precision
         )
-        clean_loss = extra_args.get("value")
-        known = loss is not None and clean_loss is not None
-        rise = loss - clean_loss if known else 0
+        rise = loss_rise(loss, extra_args, state.sharpness_aware_state)
         return new_updates, BsamState(
             ascended_state(ascent_state, params, ascended, rise),
             momentum,

@@ -28,6 +28,7 @@ from msam_optax.transforms._sharpness_aware import (
     ascended_state,
     chained,
     initial_state,
+    loss_rise,
 )
 
 
@@ -147,9 +148,8 @@ def sampa(
             auxiliary,
             state.auxiliary,
         )
-        clean_loss = extra_args.get("value")
-        known = losses is not None and clean_loss is not None
-        rise = losses[0] - clean_loss if known else 0
+        loss = None if losses is None else losses[0]
+        rise = loss_rise(loss, extra_args, state.sharpness_aware_state)
         return combine(auxiliary, perturbed), SampaState(
             ascended_state(ascent_state, params, ascended, rise),
             kept,

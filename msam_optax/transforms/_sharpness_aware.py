@@ -125,9 +125,7 @@ def sharpness_aware_gradient(
             (through_epsilon,) = vjp(perturbed)
             perturbed = optax.tree.add(perturbed, through_epsilon)
         gradient = perturbed if combine is None else combine(updates, perturbed)
-        clean_loss = extra_args.get("value")
-        known = loss is not None and clean_loss is not None
-        rise = loss - clean_loss if known else state.sharpness
+        rise = loss_rise(loss, extra_args, state)
         return gradient, ascended_state(ascent_state, params, ascended, rise)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -161,6 +159,14 @@ def initial_state(
         perturbation_norm=jnp.zeros([], dtype),
         sharpness=jnp.zeros([], dtype),
     )
+
+
+def loss_rise(loss: Any, extra_args: dict[str, Any], state: SharpnessAwareState) -> Any:
+    """L(w + epsilon) - L(w); the state's last one where a loss is not known."""
+    clean_loss = extra_args.get("value")
+    if loss is None or clean_loss is None:
+        return state.sharpness
+    return loss - clean_loss
 
 
 def ascended_state(
