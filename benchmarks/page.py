@@ -29,36 +29,29 @@ class Result(NamedTuple):
     Attributes:
       method: its name.
       gradients: in a step, mean.
-      gain: over the study's first method, paired by seed, in its unit; more is better.
+      gain: over its base, paired by seed, in its unit; more is better.
+      base: what that is; None for a base.
       seeds: how many.
     """
 
     method: str
     gradients: float
     gain: report.Estimate
+    base: str | None
     seeds: int
 
 
 def results(folder: Path, kind: str) -> list[Result]:
-    """Of the contenders of a study, the first of them with a gain of 0."""
+    """Of the contenders of a study; a base gains 0."""
     methods = json.loads((folder / "chosen.json").read_text(encoding="utf-8"))[
         "methods"
     ]
     rows = Record(folder / "test.jsonl", ("method", "seed", "rho")).rows
     found: list[Result] = []
-    base: dict[int, studies.Row] = {}
-    for name, method in methods.items():
-        own = studies.chosen_rows(name, method["chosen"], rows)
-        base = base or own
-        scale = 100 if kind == "accuracy" else 1
-        gains = [
-            scale * (studies.score(row, kind) - studies.score(base[seed], kind))
-            for seed, row in own.items()
-            if seed in base
-        ]
-        share = sum(row["sam_fraction"] for row in own.values()) / len(own)
-        gain = report.estimate(gains, level=0.95)
-        found.append(Result(name, 1 + share, gain, len(gains)))
+    for name, own in studies.compared(kind, methods, rows).items():
+        gain = report.estimate(own.gains or [0.0, 0.0], level=0.95)
+        result = Result(name, own.gradients, gain, own.base, len(own.rows))
+        found.append(result)
     return found
 
 
@@ -105,11 +98,12 @@ def policies(found: Mapping[str, Sequence[Result]]) -> Figure:
 def table(folder: Path) -> list[str]:
     """All studies in rows of their methods."""
     lines = [
-        "| study | method | gradients a step | gain over the first | seeds |",
-        "|---|---|---|---|---|",
+        "| study | method | gradients a step | gain | over | seeds |",
+        "|---|---|---|---|---|---|",
     ]
     for name, kind, unit, digits in (
         ("digits", "accuracy", "points", 2),
+        ("directions", "accuracy", "points", 2),
         ("fine-tuning", "accuracy", "points", 2),
         ("characters", "loss", "nats", 4),
     ):
@@ -122,7 +116,8 @@ def table(folder: Path) -> list[str]:
                 f"[{name}]({name}/table.md)",
                 f"`{result.method}`",
                 f"{result.gradients:.2f}",
-                gain if mean or half else "",
+                gain if result.base else "",
+                f"`{result.base}`" if result.base else "",
                 str(result.seeds),
             ]
             lines.append(f"| {' | '.join(cells)} |")

@@ -49,10 +49,13 @@ class Contender(NamedTuple):
     Attributes:
       build: makes the optimizer.
       space: what its hyper-parameters are drawn from.
+      base: the contender that its gain is over, itself for a base; None for the
+        study's first.
     """
 
     build: optimizers.Build
     space: Space
+    base: str | None = None
 
 
 class Study(NamedTuple):
@@ -61,7 +64,7 @@ class Study(NamedTuple):
     Attributes:
       problem: makes the problem.
       quick: what the problem is made with in a quick run.
-      contenders: by name; the first is what the others are compared with.
+      contenders: by name.
       plan: of the search.
       seeds: how many test runs each gets.
       score: what is tuned for, "accuracy" or "loss".
@@ -82,6 +85,14 @@ def _methods(names: Sequence[str], **spaces: Space) -> dict[str, Contender]:
             spaces.get(name, optimizers.METHODS[name].space),
         )
         for name in names
+    }
+
+
+def _with_own_base(names: Sequence[str]) -> dict[str, Contender]:
+    """Each compared with what it is built around."""
+    return {
+        name: contender._replace(base=optimizers.METHODS[name].base or name)
+        for name, contender in _methods(names).items()
     }
 
 
@@ -116,6 +127,20 @@ STUDIES = {
         ),
         plan=Plan(),
         seeds=30,
+        score="accuracy",
+    ),
+    "directions": Study(
+        problem=problems.digits,
+        quick={"epochs": 1, "dataset": "digits"},
+        contenders=_with_own_base(
+            [
+                *("adamw", "adamw_msam", "adamw_along_update"),
+                *("lion", "lion_along_momentum", "lion_along_update"),
+                *("muon", "muon_along_momentum", "muon_along_update"),
+            ]
+        ),
+        plan=Plan(first=10, near=(4,), rungs=((3, 3),), moves=1),
+        seeds=20,
         score="accuracy",
     ),
     **{f"policies-{share:.0%}".rstrip("%"): _policies(share) for share in SHARES},
@@ -261,7 +286,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             for seed in range(args.seeds or seeds):
                 setting = found[name].chosen
                 runner.row(name, setting, FIRST_TEST_SEED + seed, validation=False)
-            studies.save(out, study.score, plan, found, runner.test.rows, provenance)
+            bases = {name: own.base for name, own in study.contenders.items()}
+            studies.save(
+                out, study.score, plan, found, bases, runner.test.rows, provenance
+            )
     except OutOfTime:
         console.print(f"Stopped after {args.minutes:g} minutes.")
         code = 3

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -25,16 +25,32 @@ def save(
     kind: str,
     plan: Plan,
     found: Mapping[str, Found],
+    bases: Mapping[str, str | None],
     tests: Sequence[Row],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Writes or extends `chosen.json`, and writes `table.md` from all that is there."""
+    """Writes or extends `chosen.json`, and writes `table.md` from all that is there.
+
+    Args:
+      out: the study's folder.
+      kind: "accuracy" or "loss".
+      plan: of the search.
+      found: by method; those of earlier calls stay.
+      bases: the method that each one's gain is over, itself for a base; None for the
+        first.
+      tests: rows of the chosen settings.
+      provenance: of this call.
+    """
     path = out / "chosen.json"
     methods: dict[str, Any] = {}
     if path.is_file():
         methods = json.loads(path.read_text(encoding="utf-8"))["methods"]
     for name, result in found.items():
-        methods[name] = {**result._asdict(), "chosen": result.chosen._asdict()}
+        methods[name] = {
+            **result._asdict(),
+            "chosen": result.chosen._asdict(),
+            "base": bases.get(name),
+        }
     report.write_json(path, {**provenance, "plan": plan._asdict(), "methods": methods})
     lines = _table(kind, methods, tests)
     lines += ["", *_notes(kind, plan, provenance)]
@@ -51,30 +67,63 @@ def chosen_rows(name: str, chosen: Row, tests: Sequence[Row]) -> dict[int, Row]:
     }
 
 
+class Compared(NamedTuple):
+    """A method's tests beside those of what it is compared with.
+
+    Attributes:
+      rows: by seed.
+      base: what the gains are over; None for a method that is compared with nothing.
+      gains: paired by seed, in points or nats; more is better.
+    """
+
+    rows: dict[int, Row]
+    base: str | None
+    gains: list[float]
+
+    @property
+    def gradients(self) -> float:
+        """In a step, mean."""
+        return 1 + sum(r["sam_fraction"] for r in self.rows.values()) / len(self.rows)
+
+
+def compared(
+    kind: str, methods: Mapping[str, Any], tests: Sequence[Row]
+) -> dict[str, Compared]:
+    """Each method that was tested, over its base: its own, or else the first."""
+    scale = 100 if kind == "accuracy" else 1
+    rows = {
+        name: own
+        for name, method in methods.items()
+        if (own := chosen_rows(name, method["chosen"], tests))
+    }
+    first = next(iter(rows), None)
+    found = {}
+    for name, own in rows.items():
+        base = methods[name].get("base") or first
+        over = rows.get(base, {}) if base != name else {}
+        gains = [
+            scale * (score(row, kind) - score(over[seed], kind))
+            for seed, row in own.items()
+            if seed in over
+        ]
+        found[name] = Compared(own, base if over else None, gains)
+    return found
+
+
 def _table(kind: str, methods: Mapping[str, Any], tests: Sequence[Row]) -> list[str]:
     scale, digits = (100, 2) if kind == "accuracy" else (1, 4)
     lines = [
         "| method | learning rate | rho | weight decay | settings, runs | validation "
-        f"| test {kind} | gain | gradients a step | train accuracy | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| test {kind} | gain | over | gradients a step | train accuracy | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    base: dict[int, Row] = {}
-    for name, method in methods.items():
-        rows = chosen_rows(name, method["chosen"], tests)
-        if not rows:
-            continue
-        base = base or rows
-        values = [scale * abs(score(row, kind)) for row in rows.values()]
-        gains = [
-            scale * (score(row, kind) - score(base[seed], kind))
-            for seed, row in rows.items()
-            if seed in base
-        ]
+    for name, own in compared(kind, methods, tests).items():
+        method = methods[name]
         chosen = method["chosen"]
+        values = [scale * abs(score(row, kind)) for row in own.rows.values()]
         edge = " (edge)" if method["at_edge"] else ""
-        share = sum(row["sam_fraction"] for row in rows.values()) / len(rows)
         trained = report.estimate(
-            [100 * row["train_accuracy"] for row in rows.values()]
+            [100 * row["train_accuracy"] for row in own.rows.values()]
         )
         cells = [
             name,
@@ -84,10 +133,11 @@ def _table(kind: str, methods: Mapping[str, Any], tests: Sequence[Row]) -> list[
             f"{method['settings']}, {method['runs']}",
             f"{scale * abs(method['score']):.{digits}f}",
             _interval(values, digits),
-            "" if rows is base else _interval(gains, digits, "+"),
-            f"{1 + share:.2f}",
+            _interval(own.gains, digits, "+") if own.base else "",
+            own.base or "",
+            f"{own.gradients:.2f}",
             f"{trained.mean:.1f}",
-            str(len(rows)),
+            str(len(own.rows)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -103,7 +153,7 @@ def _notes(kind: str, plan: Plan, provenance: Mapping[str, Any]) -> list[str]:
     rungs = ", ".join(f"{seeds} seeds for {kept}" for kept, seeds in plan.rungs)
     return [
         f"Test {kind} in {unit}; ± is the 95% interval of the mean, from Student's t. "
-        "Gain: over the first method with the same seed, so that more is better.",
+        "Gain: paired by seed, so that more is better.",
         "",
         f"Search, the same for every method: {plan.first} settings drawn and "
         f"{sum(plan.near)} neighbours with one seed, then {rungs}: {plan.runs} runs, "

@@ -103,19 +103,16 @@ def test_squared_norms_without_their_line() -> None:
     assert any("Skewness" in line for line in normality.table(skewed))
 
 
-def test_page_replaces_its_table_alone(tmp_path: Path) -> None:
-    study = tmp_path / "digits"
-    study.mkdir()
-    settings: dict[str, dict[str, Any]] = {
-        "sgd": {"learning_rate": 0.1, "rho": None, "weight_decay": 0.0},
-        "sam": {"learning_rate": 0.1, "rho": 0.5, "weight_decay": 0.0},
-    }
-    methods = {name: {"chosen": chosen} for name, chosen in settings.items()}
-    (study / "chosen.json").write_text(json.dumps({"methods": methods}))
-    with (study / "test.jsonl").open("w") as file:
-        for name, gain, share in (("sgd", 0.0, 0.0), ("sam", 0.02, 1.0)):
+def _study(folder: Path, methods: dict[str, tuple[str | None, float, float]]) -> None:
+    """Files of a study: each method with its base, its gain and its share of SAM."""
+    folder.mkdir()
+    chosen = {"learning_rate": 0.1, "rho": None, "weight_decay": 0.0}
+    found = {name: {"chosen": chosen, "base": own[0]} for name, own in methods.items()}
+    (folder / "chosen.json").write_text(json.dumps({"methods": found}))
+    with (folder / "test.jsonl").open("w") as file:
+        for name, (_, gain, share) in methods.items():
             for seed in (100, 101, 102):
-                row: dict[str, Any] = {**settings[name], "method": name, "seed": seed}
+                row: dict[str, Any] = {**chosen, "method": name, "seed": seed}
                 # Seeds differ by more than the methods: the gain is paired.
                 accuracy = 0.5 + 0.1 * (seed - 100) + gain
                 row |= {"accuracy": accuracy, "sam_fraction": share}
@@ -123,12 +120,37 @@ def test_page_replaces_its_table_alone(tmp_path: Path) -> None:
             # Another setting's tests do not count.
             row = {**row, "learning_rate": 0.3, "accuracy": 0.0}
             file.write(json.dumps(row) + "\n")
+
+
+def test_page_replaces_its_table_alone(tmp_path: Path) -> None:
+    _study(tmp_path / "digits", {"sgd": (None, 0.0, 0.0), "sam": (None, 0.02, 1.0)})
     text = f"Before.\n\n{page.START}\nold\n{page.END}\n\nAfter.\n"
     made = page.page(text, page.table(tmp_path))
     assert made.startswith("Before.\n") and made.endswith("After.\n")
     assert "old" not in made
-    assert "| `sam` | 2.00 | +2.00 ± 0.00 points | 3 |" in made
+    assert "| `sam` | 2.00 | +2.00 ± 0.00 points | `sgd` | 3 |" in made
     assert page.page(made, page.table(tmp_path)) == made
+
+
+def test_gain_is_over_the_own_base(tmp_path: Path) -> None:
+    """The second base is compared with nothing, and what is around it with it."""
+    methods: dict[str, tuple[str | None, float, float]] = {
+        "adamw": ("adamw", 0.0, 0.0),
+        "adamw_msam": ("adamw", 0.01, 0.0),
+        "lion": ("lion", 0.1, 0.0),
+        "lion_msam": ("lion", 0.13, 0.0),
+        "muon_msam": ("muon", 0.2, 0.0),
+    }
+    _study(tmp_path / "directions", methods)
+    lines = page.table(tmp_path)[2:]
+    assert [line.partition("| `")[2] for line in lines] == [
+        "adamw` | 1.00 |  |  | 3 |",
+        "adamw_msam` | 1.00 | +1.00 ± 0.00 points | `adamw` | 3 |",
+        "lion` | 1.00 |  |  | 3 |",
+        "lion_msam` | 1.00 | +3.00 ± 0.00 points | `lion` | 3 |",
+        # Its base was not tested.
+        "muon_msam` | 1.00 |  |  | 3 |",
+    ]
 
 
 def test_page_of_the_studies_is_that_of_their_rows() -> None:
