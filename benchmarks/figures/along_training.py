@@ -55,9 +55,7 @@ class Observer:
         self._loss = jax.jit(loss)
         self._gradient = jax.jit(jax.grad(loss))
 
-    def epochs(
-        self, seed: int, **hyperparams: float
-    ) -> Iterator[dict[str, np.ndarray]]:
+    def epochs(self, seed: int) -> Iterator[dict[str, np.ndarray]]:
         """Trains, and yields for each epoch the means of what was measured, if any."""
         count = itertools.count()
         found: list[Mapping[str, Any]] = []
@@ -66,7 +64,7 @@ class Observer:
             if next(count) in self._steps:
                 found.append(self._measure(self._moment(state, batch, key)))
 
-        for _ in self._trainer.epochs(seed, before_step, **hyperparams):
+        for _ in self._trainer.epochs(seed, before_step):
             yield {
                 name: np.mean([np.asarray(values[name]) for values in found], axis=0)
                 for name in (found[0] if found else {})
@@ -100,7 +98,7 @@ def measured(
     looks: int,
     epochs: int | None = None,
 ) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
-    """Trains by each method at each learning rate, and measures on the way.
+    """Trains by each method at its own setting, and measures on the way.
 
     Args:
       study: what is trained.
@@ -110,16 +108,16 @@ def measured(
         None.
 
     Yields:
-      For each seed, learning rate, method and measured epoch the columns that say
-      which it is, and the means of what was measured in it.
+      For each seed, method and measured epoch the columns that say which it is, and
+      the means of what was measured in it.
     """
     chosen = _epochs(study.task.epochs, epochs)
     steps = _steps(study.task.steps_per_epoch, looks, chosen)
     observers = {
-        method: Observer(study.adjustable_trainer(method), measure, steps)
+        method: Observer(study.trainer(method), measure, steps)
         for method, measure in measures.items()
     }
-    for columns, values in common.trained(study, observers, study.learning_rates):
+    for columns, values in common.trained(study, observers):
         if columns["epoch"] in chosen:
             yield columns, values
 

@@ -19,14 +19,16 @@ from benchmarks import arguments
 from benchmarks.reports import report
 from benchmarks.reports.progress import progress
 from benchmarks.tasks import optimizers, training
+from benchmarks.tasks.search import Hyperparameters
 from msam_optax.plotting import Estimates
 
-# What minutes on two cores show, and what an accelerator is for.
+# What minutes on two cores show, as the study of the digits tuned it, and what an
+# accelerator is for.
 _QUICK = {
     "dataset": "mnist5k",
     "model": "mlp",
     "label_noise": 0.4,
-    "epochs": 10,
+    "epochs": 30,
     "seeds": 5,
     "batch_size": 128,
 }
@@ -39,6 +41,9 @@ _FULL = {
     "batch_size": 256,
 }
 
+# Methods that no study tuned, and those whose setting they take over.
+_LIKE = {"ss_sam": "sam", "esam": "sam", "ae_looksam": "ae_sam"}
+
 Build = Callable[[optimizers.Setting], optax.GradientTransformation]
 
 
@@ -50,53 +55,44 @@ class Study(NamedTuple):
       args: the command line.
       settings: what was trained, and how.
       task: model and data.
-      tuned: hyper-parameters by method, see `optimizers.load_tuned`.
+      studied: hyper-parameters by method, see `optimizers.load_studied`.
+      part: what the task evaluates on: `test`, or `validation` for a held out fifth of
+        the training part, on which radii may be compared.
     """
 
     name: str
     args: argparse.Namespace
     settings: dict[str, Any]
     task: training.Task
-    tuned: dict[str, dict[str, float]]
+    studied: dict[str, Hyperparameters]
+    part: str = "test"
 
     @property
     def seeds(self) -> range:
         return range(self.settings["seeds"])
 
-    def setting(
-        self,
-        method: str,
-        *,
-        learning_rate: float | None = None,
-        rho: float | None = None,
-        momentum: float = optimizers.MOMENTUM,
-    ) -> optimizers.Setting:
-        """A method's hyper-parameters: those given, or else the tuned ones."""
-        tuned_rate, tuned_rho = optimizers.hyperparameters(method, self.tuned)
+    def setting(self, method: str) -> optimizers.Setting:
+        """A method's own hyper-parameters, as studied, or else its defaults."""
+        name = _LIKE.get(method, method)
+        found = self.studied.get(name) or optimizers.untuned(method)
+        decay = self.args.weight_decay
         return optimizers.Setting(
-            learning_rate=tuned_rate if learning_rate is None else learning_rate,
-            rho=(tuned_rho or 0.0) if rho is None else rho,
-            weight_decay=self.args.weight_decay,
+            learning_rate=found.learning_rate,
+            rho=found.rho or 0.0,
+            weight_decay=found.weight_decay if decay is None else decay,
             total_steps=self.task.total_steps,
-            momentum=momentum,
         )
 
-    def trainer(self, method: str, **overrides: Any) -> training.Trainer:
-        """Trains by a method of `optimizers.METHODS`; overrides as in `setting`."""
+    def trainer(self, method: str) -> training.Trainer:
+        """Trains by a method of `optimizers.METHODS` at its own hyper-parameters."""
         entry = optimizers.METHODS[method]
-        optimizer = entry.build(self.setting(method, **overrides))
+        optimizer = entry.build(self.setting(method))
         return training.Trainer(self.task, optimizer, entry.extra_gradient)
-
-    @property
-    def learning_rates(self) -> list[float]:
-        """SGD's tuned one, and the usual one, at which it fits wrong labels too."""
-        usual = optimizers.METHODS["sgd"].default
-        return list(dict.fromkeys((self.setting("sgd").learning_rate, usual)))
 
     def adjustable_trainer(
         self, method: str, build: Build | None = None
     ) -> training.Trainer:
-        """As `trainer`, and compiled once for `epochs(seed, learning_rate=, rho=)`.
+        """As `trainer`, and compiled once for `epochs(seed, rho=)`.
 
         Args:
           method: its hyper-parameters are what an epoch is not told otherwise.
@@ -105,12 +101,10 @@ class Study(NamedTuple):
         entry, setting = optimizers.METHODS[method], self.setting(method)
 
         @optax.inject_hyperparams
-        def made(learning_rate, rho):
-            changed = setting._replace(learning_rate=learning_rate, rho=rho)
-            return (build or entry.build)(changed)
+        def made(rho):
+            return (build or entry.build)(setting._replace(rho=rho))
 
-        optimizer = made(setting.learning_rate, setting.rho)
-        return training.Trainer(self.task, optimizer, entry.extra_gradient)
+        return training.Trainer(self.task, made(setting.rho), entry.extra_gradient)
 
     def with_epochs(self, epochs: int) -> "Study":
         """The same study with runs, and schedules, of another length."""
@@ -120,14 +114,17 @@ class Study(NamedTuple):
         return self._replace(task=task)
 
     def accuracies(self, epoch: training.Epoch) -> dict[str, float]:
-        """On the test part, and on the labels trained on, noise included."""
+        """On the study's part, and on the labels trained on, noise included."""
         task = self.task
         weights = task.weights(epoch.state)
-        test = training.evaluate(
+        held_out = training.evaluate(
             task.model, weights, task.test_images, task.test_labels
         )
         train = training.evaluate(task.model, weights, task.train_images, epoch.labels)
-        return {"test_accuracy": test.accuracy, "train_accuracy": train.accuracy}
+        return {
+            f"{self.part}_accuracy": held_out.accuracy,
+            "train_accuracy": train.accuracy,
+        }
 
 
 def open_study(
@@ -135,6 +132,7 @@ def open_study(
     doc: str | None,
     argv: Sequence[str] | None = None,
     *,
+    part: str = "test",
     quick: Mapping[str, Any] = MappingProxyType({}),
     full: Mapping[str, Any] = MappingProxyType({}),
 ) -> Study:
@@ -144,6 +142,7 @@ def open_study(
       script: the script's `__file__`.
       doc: the script's `__doc__`.
       argv: the command line's arguments; those of the process if None.
+      part: what the task evaluates on, see `Study`.
       quick: what differs from the usual quick setting, for instance `label_noise`.
       full: what differs from the usual full setting.
     """
@@ -153,7 +152,7 @@ def open_study(
     parser.add_argument(
         "--quick", action="store_true", help="the setting for two cores: minutes"
     )
-    arguments.add_task_arguments(parser, seeds=chosen["seeds"])
+    arguments.add_task_arguments(parser, seeds=chosen["seeds"], weight_decay=None)
     parser.set_defaults(**chosen)
     parser.add_argument(
         "--out",
@@ -167,8 +166,9 @@ def open_study(
         name=Path(script).stem,
         args=args,
         settings={key: getattr(args, key) for key in chosen},
-        task=arguments.load_task(parser, args),
-        tuned=optimizers.load_tuned(args.dataset, args.model)[0],
+        task=arguments.load_task(parser, args, validation=part == "validation"),
+        studied=optimizers.load_studied(args.dataset, args.model)[0],
+        part=part,
     )
 
 
@@ -216,32 +216,35 @@ def panels(
 
 
 def trained(
-    study: Study, trainers: Mapping[str, Any], learning_rates: Iterable[float]
+    study: Study, trainers: Mapping[str, Any]
 ) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Trains by each method at each learning rate with each seed, with a progress bar.
+    """Trains by each method with each seed, with a progress bar.
 
     Args:
       study: what is trained.
-      trainers: by method, with `epochs` as `Study.adjustable_trainer`'s have it.
-      learning_rates: of all methods.
+      trainers: by method, with `epochs` as a `training.Trainer` has it.
 
     Yields:
       For each epoch the columns that say which it is, and what its trainer yielded.
     """
-    runs = list(itertools.product(study.seeds, learning_rates, trainers))
+    runs = list(itertools.product(study.seeds, trainers))
     with progress(len(runs) * study.task.epochs) as bar:
-        for seed, rate, method in runs:
-            bar.describe(f"{method}, seed {seed + 1} of {len(study.seeds)}")
-            columns = {
-                "learning_rate": rate,
-                "method": method,
-                "rho": study.setting(method).rho,
-                "seed": seed,
-            }
-            epochs = trainers[method].epochs(seed, learning_rate=rate)
+        for seed, method in runs:
+            bar.describe(f"{method}, seed {seed}")
+            columns = {**columns_of(study.setting(method)), "seed": seed}
+            epochs = trainers[method].epochs(seed)
             for number, epoch in enumerate(epochs, start=1):
-                yield {**columns, "epoch": number}, epoch
+                yield {"method": method, **columns, "epoch": number}, epoch
                 bar.advance()
+
+
+def columns_of(setting: optimizers.Setting) -> dict[str, float]:
+    """The columns that tell what a row was trained with."""
+    return {
+        "learning_rate": setting.learning_rate,
+        "rho": setting.rho,
+        "weight_decay": setting.weight_decay,
+    }
 
 
 def momentum_of(opt_state: optax.OptState) -> Any:
@@ -262,7 +265,7 @@ def save(study: Study, rows: Sequence[Mapping[str, Any]], figure: Figure) -> Non
     report.write_json(
         out / f"{study.name}.json",
         {
-            "settings": {**study.settings, "weight_decay": study.args.weight_decay},
+            "settings": {**study.settings, "evaluated_on": study.part},
             **report.provenance(f"figures/{study.name}.py", study.args.argv),
         },
     )
@@ -275,7 +278,7 @@ def run(
     argv: Sequence[str] | None,
     compute: Callable[[Study], list[dict[str, Any]]],
     draw: Callable[[list[dict[str, Any]]], Figure],
-    **settings: Mapping[str, Any],
+    **settings: Any,
 ) -> int:
     """A script from its command line to its files; returns its exit code.
 
@@ -285,7 +288,7 @@ def run(
       argv: the command line's arguments; those of the process if None.
       compute: makes the rows of the CSV.
       draw: makes the figure from them.
-      **settings: `quick` and `full`, see `open_study`.
+      **settings: `part`, `quick` and `full`, see `open_study`.
     """
     study = open_study(script, doc, argv, **settings)
     rows = compute(study)

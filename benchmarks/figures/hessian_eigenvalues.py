@@ -23,13 +23,13 @@ _COUNT = 5
 
 
 def compute(study: common.Study) -> list[dict[str, Any]]:
-    """One row a learning rate, method, seed and place; the trace has place 0.
+    """One row a method, seed and place; the trace has place 0.
 
     The error of an eigenvalue is the length of Hv - λv, that of the trace its standard
     error.
     """
     rows = []
-    for network in networks(study, METHODS, study.learning_rates):
+    for network in networks(study, METHODS):
         where = network.loss, network.weights, network.batches
         largest = hessian_eigenvalues(
             *where, _COUNT, network.key(), num_matvecs=study.settings["num_matvecs"]
@@ -52,26 +52,15 @@ def compute(study: common.Study) -> list[dict[str, Any]]:
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Eigenvalues to the left, the trace to the right; a row for each rate."""
-    by_rate = common.grouped(rows, "learning_rate")
-    figure, axes = common.panels(len(by_rate), 2)
-    for (left, right), (rate, of_rate) in zip(axes, by_rate.items(), strict=True):
-        eigenvalues = [row for row in of_rate if row["place"] > 0]
-        trace = [row for row in of_rate if row["place"] == 0]
-        plot_eigenvalues(
-            common.curves(eigenvalues, "method", "place", "value"), ax=left
-        )
-        plot_eigenvalues(common.curves(trace, "method", "place", "value"), ax=right)
-        left.set(title=f"learning rate {rate:g}")
-        right.set(
-            title=f"learning rate {rate:g}",
-            xlabel="",
-            xticks=[],
-            xlim=(-0.5, 0.5),
-            ylabel="trace of the Hessian",
-        )
-        for ax in (left, right):
-            ax.set_ylim(bottom=0)
+    """Eigenvalues to the left, the trace to the right."""
+    figure, ((left, right),) = common.panels(1, 2)
+    eigenvalues = [row for row in rows if row["place"] > 0]
+    trace = [row for row in rows if row["place"] == 0]
+    plot_eigenvalues(common.curves(eigenvalues, "method", "place", "value"), ax=left)
+    plot_eigenvalues(common.curves(trace, "method", "place", "value"), ax=right)
+    right.set(xlabel="", xticks=[], xlim=(-0.5, 0.5), ylabel="trace of the Hessian")
+    for ax in (left, right):
+        ax.set_ylim(bottom=0)
     return figure
 
 

@@ -7,8 +7,7 @@ an ascent where the cosine is negative. The momentum is what the optimizer holds
 of SAM's gradients in SAM, of those at the perturbed weights in MSAM, and of the weight
 decay.
 
-Hyper-parameters are the tuned ones. Further learning rates get their own panel, with
-the same ρ.
+Each method trains at its own tuned setting.
 
 Reference: Becker, Altrock and Risse, "Momentum-SAM", arXiv 2401.12033.
 
@@ -45,24 +44,21 @@ def measure(moment: Moment) -> dict[str, jax.Array]:
 
 
 def compute(study: common.Study) -> list[dict[str, Any]]:
-    """One row for each seed, learning rate, method and epoch."""
+    """One row for each seed, method and epoch."""
     found = measured(study, dict.fromkeys(METHODS, measure), LOOKS)
     return [{**columns, "cosine": float(values["cosine"])} for columns, values in found]
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """The cosine over the epochs, a panel for each learning rate."""
-    panels = common.grouped(rows, "learning_rate")
-    figure, axes = common.panels(1, len(panels))
-    for ax, (rate, chosen) in zip(axes[0], panels.items(), strict=True):
-        plot_estimates(
-            common.curves(chosen, "method", "epoch", "cosine"),
-            xlabel="epoch",
-            ylabel="cos(momentum, gradient)",
-            ax=ax,
-        )
-        ax.axhline(0, color="0.6", lw=0.8, zorder=0)
-        ax.set_title(f"learning rate {rate:g}")
+    """The cosine over the epochs."""
+    figure, ((ax,),) = common.panels(1, 1)
+    plot_estimates(
+        common.curves(rows, "method", "epoch", "cosine"),
+        xlabel="epoch",
+        ylabel="cos(momentum, gradient)",
+        ax=ax,
+    )
+    ax.axhline(0, color="0.6", lw=0.8, zorder=0)
     return figure
 
 

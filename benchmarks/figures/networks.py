@@ -69,26 +69,23 @@ def unit(direction: Any) -> Any:
 def networks(
     study: common.Study,
     methods: Sequence[str],
-    learning_rates: Sequence[float] | None = None,
     epochs: Container[int] | None = None,
 ) -> Iterator[Network]:
     """Trains, with a progress bar, and stops for the networks to be measured.
 
     Args:
       study: what is trained.
-      methods: by which methods of `optimizers.METHODS`.
-      learning_rates: of all methods; SGD's tuned one if None.
+      methods: by which methods of `optimizers.METHODS`, each at its own setting.
       epochs: after which epochs to stop, from 1; after the last one if None.
 
     Yields:
       A :class:`Network`, valid until the next one.
     """
     task = study.task
-    rates = learning_rates or [study.setting("sgd").learning_rate]
     stops = (task.epochs,) if epochs is None else epochs
-    trainers = {method: study.adjustable_trainer(method) for method in methods}
+    trainers = {method: study.trainer(method) for method in methods}
     loss = partial(_loss, task.model)
-    for columns, epoch in common.trained(study, trainers, rates):
+    for columns, epoch in common.trained(study, trainers):
         if columns["epoch"] in stops:
             weights = task.weights(epoch.state)
             data = task.train_images, epoch.labels, weights.model_state

@@ -9,10 +9,11 @@ accelerated gradient it is two steps:
                                      w + ε is where the momentum, of decay μ, carries
                                      w by itself: Nesterov
 
-η is that of the step whose gradient is taken at w + ε. The accuracy at the end is shown
-against each one's own ρ, with SGD and `optax.sgd(nesterov=True)` as level lines. These
-two are evaluated at the parameters in use, which for NAG are w + ε; the variants at w.
-The learning rates are those of accuracy_against_rho.py.
+η is that of the step whose gradient is taken at w + ε. The accuracy at the end on a
+validation part is shown against each one's own ρ, with SGD and
+`optax.sgd(nesterov=True)` as level lines. These two stand at their own tuned learning
+rate and weight decay, the variants at MSAM's. They are evaluated at the parameters in
+use, which for NAG are w + ε; the variants at w.
 
 Reference: Becker, Altrock and Risse, "Momentum-SAM", arXiv 2401.12033.
 
@@ -37,11 +38,11 @@ class Variant(NamedTuple):
 
     Attributes:
       ascent: what is perturbed along the momentum, for a setting.
-      rhos: that are compared, at a learning rate.
+      rhos: that are compared.
     """
 
     ascent: Callable[[optimizers.Setting], optax.GradientTransformation]
-    rhos: Callable[[float], Sequence[float]]
+    rhos: Sequence[float]
 
 
 def _normalised(setting: optimizers.Setting) -> optax.GradientTransformation:
@@ -60,15 +61,11 @@ def _scaled(setting: optimizers.Setting) -> optax.GradientTransformation:
     return msam_optax.ascents.unnormalized(rho)
 
 
-def _scaled_rhos(rate: float) -> list[float]:
-    """Nesterov's, and those whose ρη is of the size of the unnormalised ρ."""
-    return list(dict.fromkeys([1.0, *(round(r / rate, 1) for r in (0.1, 0.2, 0.4))]))
-
-
 VARIANTS = {
-    "normalised": Variant(_normalised, lambda rate: (0.3, 0.7, 1.4, 2.0)),
-    "unnormalised": Variant(_unnormalised, lambda rate: (0.1, 0.2, 0.4, 0.6)),
-    "scaled by η": Variant(_scaled, _scaled_rhos),
+    "normalised": Variant(_normalised, (0.2, 0.5, 1.0, 2.0)),
+    "unnormalised": Variant(_unnormalised, (0.1, 0.2, 0.5, 1.0, 2.0)),
+    # The first is Nesterov's.
+    "scaled by η": Variant(_scaled, (1.0, 3.0, 10.0, 30.0, 100.0)),
 }
 
 
@@ -84,39 +81,31 @@ def build(variant: str, setting: optimizers.Setting) -> optax.GradientTransforma
 
 
 def compute(study: common.Study) -> list[dict[str, Any]]:
-    """One row for each seed, learning rate, variant and ρ."""
+    """One row for each seed, variant and ρ."""
     return over_rho.compute(
         study,
         {
-            name: over_rho.Sweep(
-                study.adjustable_trainer("msam", partial(build, name)), variant.rhos
-            )
+            name: over_rho.sweep(study, "msam", variant.rhos, partial(build, name))
             for name, variant in VARIANTS.items()
         },
     )
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """A column for each variant; for each learning rate a row of test accuracies above
-    one of training accuracies."""
-    panels = common.grouped(rows, "learning_rate")
-    figure, axes = common.panels(2 * len(panels), len(VARIANTS), alike=True)
-    for pair, (rate, chosen) in zip(
-        axes.reshape(len(panels), 2, -1), panels.items(), strict=True
-    ):
-        for column, variant in zip(pair.T, VARIANTS, strict=True):
-            shown = [
-                row for row in chosen if row["method"] in (*over_rho.BASES, variant)
-            ]
-            over_rho.draw(shown, "test", column[0])
-            over_rho.draw(shown, "train", column[1])
-            column[0].set_title(f"{variant}, learning rate {rate:g}")
+    """A column for each variant: validation accuracies above training accuracies."""
+    figure, axes = common.panels(2, len(VARIANTS), alike=True)
+    for column, variant in zip(axes.T, VARIANTS, strict=True):
+        shown = [row for row in rows if row["method"] in (*over_rho.BASES, variant)]
+        for ax, part in zip(column, ("validation", "train"), strict=True):
+            over_rho.draw(shown, part, ax)
+            ax.set_xscale("log")
+        column[0].set_title(variant)
     return figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Computes, draws and saves; returns the exit code."""
-    return common.run(__file__, __doc__, argv, compute, draw)
+    return common.run(__file__, __doc__, argv, compute, draw, part="validation")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Final accuracy against ρ: what the figures of it have in common."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 
 from benchmarks.figures import common
 from benchmarks.reports.progress import progress
-from benchmarks.tasks import training
+from benchmarks.tasks import optimizers, training
 from msam_optax.plotting import Estimates, plot_estimates
 
 # Without a perturbation.
@@ -18,57 +18,60 @@ class Sweep(NamedTuple):
     """A method to train by with several ρ.
 
     Attributes:
-      trainer: adjustable in the learning rate and ρ.
-      rhos: what ρ is set to, at a learning rate.
+      setting: whose learning rate and weight decay it is trained with.
+      trainer: adjustable in ρ.
+      rhos: what ρ is set to.
     """
 
+    setting: optimizers.Setting
     trainer: training.Trainer
-    rhos: Callable[[float], Sequence[float]]
+    rhos: Sequence[float]
+
+
+def sweep(
+    study: common.Study,
+    method: str,
+    rhos: Sequence[float],
+    build: common.Build | None = None,
+) -> Sweep:
+    """A method, or what is built in its place, at its learning rate and decay."""
+    return Sweep(study.setting(method), study.adjustable_trainer(method, build), rhos)
 
 
 def compute(study: common.Study, sweeps: Mapping[str, Sweep]) -> list[dict[str, Any]]:
     """Trains to the end with each ρ, and by the methods without one.
 
     Returns:
-      One row for each seed, learning rate, method and ρ.
+      One row for each seed, method and ρ.
     """
-    bases = {
-        name: Sweep(study.adjustable_trainer(name), lambda _: [0.0]) for name in BASES
-    }
+    bases = {name: sweep(study, name, [0.0]) for name in BASES}
     runs = [
-        (seed, rate, method, sweep.trainer, rho)
+        (seed, method, swept, rho)
         for seed in study.seeds
-        for rate in study.learning_rates
-        for method, sweep in {**bases, **sweeps}.items()
-        for rho in sweep.rhos(rate)
+        for method, swept in {**bases, **sweeps}.items()
+        for rho in swept.rhos
     ]
     rows = []
     with progress(len(runs)) as bar:
-        for seed, rate, method, trainer, rho in runs:
+        for seed, method, swept, rho in runs:
             bar.describe(f"{method} ρ={rho:g}, seed {seed + 1} of {len(study.seeds)}")
-            *_, last = trainer.epochs(seed, learning_rate=rate, rho=rho)
-            columns = {"learning_rate": rate, "method": method, "rho": rho}
-            rows.append({**columns, "seed": seed, **study.accuracies(last)})
+            *_, last = swept.trainer.epochs(seed, rho=rho)
+            columns = common.columns_of(swept.setting._replace(rho=rho))
+            rows.append(
+                {"method": method, **columns, "seed": seed, **study.accuracies(last)}
+            )
             bar.advance()
     return rows
 
 
 def draw(rows: Sequence[Mapping[str, Any]], part: str, ax: Axes) -> None:
-    """Accuracy on the `test` or the `train` part against ρ, over the bases' levels."""
+    """Accuracy on `validation` or `train` against ρ, over the bases' levels."""
     column = f"{part}_accuracy"
     levels = common.summarise(rows, ("method",), column)
-    methods = [name for (name,) in levels if name not in BASES]
-    # With ρ = 0 all are SGD.
-    at_zero = [
-        {**row, "method": method}
-        for row in rows
-        if row["method"] == "sgd"
-        for method in methods
-    ]
     swept = [row for row in rows if row["method"] not in BASES]
-    labels = "given training labels" if part == "train" else "test"
+    labels = "given training labels" if part == "train" else part
     plot_estimates(
-        common.curves([*swept, *at_zero], "method", "rho", column, scale=100),
+        common.curves(swept, "method", "rho", column, scale=100),
         references={
             name: Estimates(0, 100 * levels[name,].mean, 100 * levels[name,].interval)
             for name in BASES

@@ -5,8 +5,7 @@ and L_B(w + ε) with MSAM's ε = -ρ v/|v|, v the momentum of the steps before, 
 ε = ρ g/|g|, g the gradient of B itself at w. SAM's ε is made to climb L_B; MSAM's may
 or may not.
 
-Hyper-parameters are the tuned ones. Further learning rates get their own panels, with
-the same ρ.
+Each method trains at its own tuned setting.
 
 Reference: Becker, Altrock and Risse, "Momentum-SAM", arXiv 2401.12033.
 
@@ -42,7 +41,7 @@ def measures(sam_rho: float) -> dict[str, Measure]:
 
 
 def compute(study: common.Study) -> list[dict[str, Any]]:
-    """One row for each seed, learning rate, method and epoch."""
+    """One row for each seed, method and epoch."""
     rows = []
     for columns, values in measured(study, measures(study.setting("sam").rho), LOOKS):
         before, after = float(values["loss_before"]), float(values["loss_after"])
@@ -52,24 +51,21 @@ def compute(study: common.Study) -> list[dict[str, Any]]:
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Both losses, and below their difference; a column for each learning rate."""
-    panels = common.grouped(rows, "learning_rate")
-    figure, axes = common.panels(2, len(panels))
-    for column, (rate, chosen) in zip(axes.T, panels.items(), strict=True):
-        curves = {
-            f"{method} {point}": curve
-            for point, loss in (("at w", "loss_before"), ("at w + ε", "loss_after"))
-            for method, curve in common.curves(chosen, "method", "epoch", loss).items()
-        }
-        plot_estimates(curves, xlabel="epoch", ylabel="batch loss", ax=column[0])
-        plot_estimates(
-            common.curves(chosen, "method", "epoch", "rise"),
-            xlabel="epoch",
-            ylabel="batch loss at w + ε less that at w",
-            ax=column[1],
-        )
-        column[1].axhline(0, color="0.6", lw=0.8, zorder=0)
-        column[0].set_title(f"learning rate {rate:g}")
+    """Both losses, and beside them their difference."""
+    figure, ((left, right),) = common.panels(1, 2)
+    curves = {
+        f"{method} {point}": curve
+        for point, loss in (("at w", "loss_before"), ("at w + ε", "loss_after"))
+        for method, curve in common.curves(rows, "method", "epoch", loss).items()
+    }
+    plot_estimates(curves, xlabel="epoch", ylabel="batch loss", ax=left)
+    plot_estimates(
+        common.curves(rows, "method", "epoch", "rise"),
+        xlabel="epoch",
+        ylabel="batch loss at w + ε less that at w",
+        ax=right,
+    )
+    right.axhline(0, color="0.6", lw=0.8, zorder=0)
     return figure
 
 

@@ -31,10 +31,10 @@ _XLABELS = {
 
 
 def compute(study: common.Study) -> list[dict[str, Any]]:
-    """One row a learning rate, method, seed, direction and distance."""
+    """One row a method, seed, direction and distance."""
     rows = []
     shares = np.linspace(-1, 1, study.settings["points"])
-    for network in networks(study, METHODS, study.learning_rates):
+    for network in networks(study, METHODS):
         for name, direction in network.directions().items():
             distances = _REACH[name] * shares
             losses = loss_on_line(
@@ -55,18 +55,12 @@ def compute(study: common.Study) -> list[dict[str, Any]]:
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> Figure:
-    """A column for each direction, a row for each learning rate."""
-    by_rate = common.grouped(rows, "learning_rate")
-    figure, axes = common.panels(len(by_rate), len(_REACH))
-    for line, (rate, of_rate) in zip(axes, by_rate.items(), strict=True):
-        by_direction = common.grouped(of_rate, "direction")
-        for ax, (name, chosen) in zip(line, by_direction.items(), strict=True):
-            plot_line(common.curves(chosen, "method", "distance", "sharpness"), ax=ax)
-            ax.set(
-                title=f"{name}, learning rate {rate:g}",
-                xlabel=_XLABELS[name],
-                ylabel="sharpness L(w + ε) - L(w)",
-            )
+    """A column for each direction."""
+    figure, (axes,) = common.panels(1, len(_REACH))
+    by_direction = common.grouped(rows, "direction")
+    for ax, (name, chosen) in zip(axes, by_direction.items(), strict=True):
+        plot_line(common.curves(chosen, "method", "distance", "sharpness"), ax=ax)
+        ax.set(title=name, xlabel=_XLABELS[name], ylabel="sharpness L(w + ε) - L(w)")
     return figure
 
 

@@ -26,8 +26,7 @@ is negative. ρ_0 is read from θ linearly between the values of ρ. What of g_M
 outside the plane does not show in θ. It does in x, shown below θ: at ρ_0 the gradients
 themselves are parallel only if x is 1.
 
-The runs are of SGD and of MSAM, with the tuned hyper-parameters. Further learning rates
-get their own panels, with the same ρ.
+The runs are of SGD and of MSAM, each at its own tuned setting.
 
 Reference: Becker, Altrock and Risse, "Momentum-SAM", arXiv 2401.12033.
 
@@ -105,7 +104,7 @@ def measure(moment: Moment, sam_rho: float) -> dict[str, Any]:
 
 
 def compute(study: common.Study) -> list[dict[str, Any]]:
-    """One row for each seed, learning rate, method, measured epoch and perturbation."""
+    """One row for each seed, method, measured epoch and perturbation."""
     sam_rho = study.setting("sam").rho
     measures = dict.fromkeys(METHODS, partial(measure, sam_rho=sam_rho))
     return [
@@ -123,9 +122,9 @@ def compute(study: common.Study) -> list[dict[str, Any]]:
 
 
 def crossings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """ρ_0 for each seed, learning rate, method and epoch that has one."""
+    """ρ_0 for each seed, method and epoch that has one."""
     curves: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
-    columns = ("seed", "learning_rate", "method", "epoch")
+    columns = ("seed", "method", "epoch")
     for row in rows:
         curve = curves.setdefault(tuple(row[column] for column in columns), [])
         curve.append((row["perturbation"], row["theta_degrees"]))
@@ -143,32 +142,30 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     Seeds without a crossing are left out of the mean of ρ_0; a point that lacks some
     is marked by how many it has.
     """
-    panels = common.grouped(rows, "learning_rate")
-    figure, axes = common.panels(3, len(panels))
+    figure, ((left, middle, right),) = common.panels(1, 3)
     seeds = len({row["seed"] for row in rows})
     epochs = sorted({row["epoch"] for row in rows})
     shown = {epochs[0], epochs[len(epochs) // 2], epochs[-1]}
-    for column, (rate, chosen) in zip(axes.T, panels.items(), strict=True):
-        of_msam = [
-            {**row, "label": f"epoch {row['epoch']}"}
-            for row in chosen
-            if row["method"] == "msam" and row["epoch"] in shown
-        ]
-        for ax, measured_as, label in (
-            (column[0], "theta_degrees", "θ (degrees)"),
-            (column[1], "x", "cos(g_MSAM, g_SAM)"),
-        ):
-            plot_estimates(
-                common.curves(of_msam, "label", "perturbation", measured_as),
-                xlabel="ρ",
-                ylabel=label,
-                log_x=True,
-                bars=True,
-                ax=ax,
-            )
-        column[0].axhline(0, color="0.6", lw=0.8, zorder=0)
-        column[0].set_title(f"training by msam, learning rate {rate:g}")
-        _draw_crossings(crossings(chosen), seeds, column[2])
+    of_msam = [
+        {**row, "label": f"epoch {row['epoch']}"}
+        for row in rows
+        if row["method"] == "msam" and row["epoch"] in shown
+    ]
+    for ax, measured_as, label in (
+        (left, "theta_degrees", "θ (degrees)"),
+        (middle, "x", "cos(g_MSAM, g_SAM)"),
+    ):
+        plot_estimates(
+            common.curves(of_msam, "label", "perturbation", measured_as),
+            xlabel="ρ",
+            ylabel=label,
+            log_x=True,
+            bars=True,
+            ax=ax,
+        )
+        ax.set_title("training by msam")
+    left.axhline(0, color="0.6", lw=0.8, zorder=0)
+    _draw_crossings(crossings(rows), seeds, right)
     return figure
 
 

@@ -36,13 +36,13 @@ class Range(NamedTuple):
 
 def good_range(rows: Rows) -> Range:
     """Of the runs of one variant on one data set."""
-    means = common.summarise(rows, ("rho",), "test_accuracy")
+    means = common.summarise(rows, ("rho",), "validation_accuracy")
     (best_rho,) = max(means, key=lambda key: means[key].mean)
     smallest, largest, stable = [], [], []
     for runs in common.grouped(rows, "seed").values():
         # A rounding error must not decide about a whole example.
-        bar = max(run["test_accuracy"] for run in runs) - TOLERANCE - 1e-6
-        good = [run["rho"] for run in runs if run["test_accuracy"] >= bar]
+        bar = max(run["validation_accuracy"] for run in runs) - TOLERANCE - 1e-6
+        good = [run["rho"] for run in runs if run["validation_accuracy"] >= bar]
         smallest.append(min(good))
         largest.append(max(good))
         edge = min((run["rho"] for run in runs if run["diverged"]), default=np.inf)

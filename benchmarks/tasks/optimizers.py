@@ -344,39 +344,6 @@ AROUND_ADAMW: dict[str, tuple[Build, Space]] = {
 }
 
 
-def tuned_path(dataset: str, model: str) -> Path:
-    """Where the settings of the figures for a dataset and a model are, if anywhere."""
-    return RESULTS / f"tuned_{dataset}_{model}.json"
-
-
-def load_tuned(dataset: str, model: str) -> tuple[dict[str, dict[str, float]], str]:
-    """The hyper-parameters of the figures, and in words where they come from.
-
-    Returns:
-      Hyper-parameters by method, empty if untuned; and their source.
-    """
-    path = tuned_path(dataset, model)
-    if not path.is_file():
-        return {}, "defaults, not tuned on this task"
-    results = json.loads(path.read_text(encoding="utf-8"))
-    noise, epochs = (results["settings"][key] for key in ("label_noise", "epochs"))
-    source = f"{path.name}, tuned with label noise {noise:g} and {epochs} epochs"
-    return results["chosen"], source
-
-
-def hyperparameters(
-    name: str, tuned: dict[str, dict[str, float]]
-) -> tuple[float, float | None]:
-    """Learning rate and rho of a method: the tuned ones, or else its defaults."""
-    method = find(name)
-    if name in tuned:
-        return tuned[name]["learning_rate"], tuned[name].get("rho")
-    if method.base is None:
-        return method.default, None
-    # One of your own has no rho unless it is given.
-    return hyperparameters(method.base, tuned)[0], method.default or None
-
-
 # What `tune.py` tuned, by dataset and model, as compare.py trains them.
 _STUDIES = {("mnist5k", "mlp"): "digits"}
 
@@ -400,5 +367,10 @@ def load_studied(dataset: str, model: str) -> tuple[dict[str, Hyperparameters], 
 
 def untuned(name: str) -> Hyperparameters:
     """A method's hyper-parameters where it was not tuned."""
-    learning_rate, rho = hyperparameters(name, {})
-    return Hyperparameters(learning_rate, rho, WEIGHT_DECAY)
+    method = find(name)
+    if method.base is None:
+        return Hyperparameters(method.default, None, WEIGHT_DECAY)
+    # One of your own has no rho unless it is given.
+    return Hyperparameters(
+        find(method.base).default, method.default or None, WEIGHT_DECAY
+    )

@@ -290,16 +290,6 @@ def test_method_builds(name: str) -> None:
     np.testing.assert_array_equal(found["w"], params["w"])
 
 
-def test_untuned_method_takes_over_its_base_learning_rate() -> None:
-    tuned = {"sgd": {"learning_rate": 0.5}, "sam": {"learning_rate": 0.5, "rho": 0.2}}
-    assert optimizers.hyperparameters("sam", tuned) == (0.5, 0.2)
-    msam = optimizers.METHODS["msam"]
-    assert optimizers.hyperparameters("msam", tuned) == (0.5, msam.default)
-    sgd = optimizers.METHODS["sgd"]
-    assert optimizers.hyperparameters("msam", {}) == (sgd.default, msam.default)
-    assert optimizers.hyperparameters("sgd", {}) == (sgd.default, None)
-
-
 def test_studied_values_are_read_from_the_results(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -316,23 +306,9 @@ def test_studied_values_are_read_from_the_results(
     assert optimizers.load_studied("digits", "mlp")[0] == {}
     rho = optimizers.METHODS["msam"].default
     rate = optimizers.METHODS["sgd"].default
+    # A method around another takes over its learning rate.
     assert optimizers.untuned("msam") == (rate, rho, optimizers.WEIGHT_DECAY)
-
-
-def test_tuned_values_are_read_from_the_results(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(optimizers, "RESULTS", tmp_path)
-    chosen, source = optimizers.load_tuned("digits", "mlp")
-    assert chosen == {} and source == "defaults, not tuned on this task"
-    results = {
-        "chosen": {"sgd": {"learning_rate": 0.5}},
-        "settings": {"label_noise": 0.2, "epochs": 7},
-    }
-    (tmp_path / "tuned_digits_mlp.json").write_text(json.dumps(results))
-    chosen, source = optimizers.load_tuned("digits", "mlp")
-    assert chosen == results["chosen"]
-    assert source == "tuned_digits_mlp.json, tuned with label noise 0.2 and 7 epochs"
+    assert optimizers.untuned("sgd") == (rate, None, optimizers.WEIGHT_DECAY)
 
 
 # Training.

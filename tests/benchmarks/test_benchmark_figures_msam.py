@@ -25,18 +25,22 @@ from benchmarks.figures import (
 )
 from benchmarks.figures.along_training import Moment, measured
 from benchmarks.tasks import optimizers, training
+from benchmarks.tasks.search import Hyperparameters
 from tests import figure_scripts, problems
 from tests.figure_scripts import FAST
 
 STEPS = 5
-RATES = {0.02, 0.1}
+STUDIED = {
+    "sgd": Hyperparameters(0.02, None, 0.01),
+    "msam": Hyperparameters(0.05, 0.3, 0.002),
+    "sam": Hyperparameters(0.1, 0.2, 0.0),
+}
 
 
 @pytest.fixture(autouse=True)
-def tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tuned learning rate other than the usual one, so that there are two."""
-    chosen = {"sgd": {"learning_rate": 0.02}}
-    monkeypatch.setattr(optimizers, "load_tuned", lambda *_: (chosen, "tuned"))
+def studied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every method at a setting of its own."""
+    monkeypatch.setattr(optimizers, "load_studied", lambda *_: (STUDIED, "studied"))
 
 
 def study(epochs: int, seeds: int = 1) -> common.Study:
@@ -46,7 +50,11 @@ def study(epochs: int, seeds: int = 1) -> common.Study:
 
 def run(script: ModuleType, out: Path) -> list[figure_scripts.Row]:
     rows = figure_scripts.run(script, out)
-    assert {row["learning_rate"] for row in rows} == RATES
+    for row in rows:
+        if row["method"] in STUDIED:
+            found = STUDIED[row["method"]]
+            assert row["learning_rate"] == found.learning_rate
+            assert row["weight_decay"] == found.weight_decay
     return rows
 
 
@@ -55,24 +63,23 @@ def run(script: ModuleType, out: Path) -> list[figure_scripts.Row]:
 
 def test_accuracy_against_rho(tmp_path: Path) -> None:
     rows = run(accuracy_against_rho, tmp_path)
-    rhos = {
-        "sgd": [0.0],
-        "nag": [0.0],
-        "msam": accuracy_against_rho.MSAM_RHOS,
-        "sam": accuracy_against_rho.SAM_RHOS,
-    }
-    assert all(min(rhos[name]) < 0 < max(rhos[name]) for name in ("msam", "sam"))
+    swept = accuracy_against_rho.RHOS
+    assert all(min(rhos) < 0 < max(rhos) for rhos in swept.values())
+    rhos = {"sgd": (0.0,), "nag": (0.0,), **swept}
     points = Counter((row["method"], row["rho"]) for row in rows)
-    assert points == {(name, rho): 4 for name, values in rhos.items() for rho in values}
-    for column in ("test_accuracy", "train_accuracy"):
+    assert points == {(name, rho): 2 for name, values in rhos.items() for rho in values}
+    # A radius is looked for on what was held out of the training part.
+    assert "test_accuracy" not in rows[0]
+    for column in ("validation_accuracy", "train_accuracy"):
         assert all(0 <= row[column] <= 1 for row in rows)
 
 
 def test_normalization(tmp_path: Path) -> None:
     rows = run(normalization, tmp_path)
     assert {row["method"] for row in rows} == {*over_rho.BASES, *normalization.VARIANTS}
-    # Nesterov itself is among them.
-    assert {row["learning_rate"] for row in rows if row["rho"] == 1.0} == RATES
+    # Nesterov itself is among them, at MSAM's rate and decay.
+    (scaled, *_) = (r for r in rows if r["method"] == "scaled by η" and r["rho"] == 1)
+    assert (scaled["learning_rate"], scaled["weight_decay"]) == (0.05, 0.002)
 
 
 def test_equal_budget(tmp_path: Path) -> None:
@@ -83,20 +90,18 @@ def test_equal_budget(tmp_path: Path) -> None:
         *(("msam", 1, STEPS), ("msam", 2, 2 * STEPS)),
         ("sam", 1, 2 * STEPS),  # half an epoch is rounded up
     }
-    tuned = optimizers.METHODS["msam"].default
-    found = {(r["learning_rate"], r["rho"]) for r in rows if r["method"] == "msam"}
-    assert found == {(0.02, tuned), (0.1, tuned), (0.1, 3 * tuned)}
+    assert {r["rho"] for r in rows if r["method"] == "msam"} == {0.3}
 
 
 def test_momentum_cosine(tmp_path: Path) -> None:
     rows = run(momentum_cosine, tmp_path)
-    assert Counter(row["method"] for row in rows) == {"sgd": 4, "msam": 4, "sam": 4}
+    assert Counter(row["method"] for row in rows) == {"sgd": 2, "msam": 2, "sam": 2}
     assert all(-1 <= row["cosine"] <= 1 and row["cosine"] for row in rows)
 
 
 def test_perturbation_effect(tmp_path: Path) -> None:
     rows = run(perturbation_effect, tmp_path)
-    assert Counter(row["method"] for row in rows) == {"msam": 4, "sam": 4}
+    assert Counter(row["method"] for row in rows) == {"msam": 2, "sam": 2}
     assert all(r["rise"] == r["loss_after"] - r["loss_before"] for r in rows)
     assert all(r["rise"] > 0 for r in rows if r["method"] == "sam")
 
@@ -104,7 +109,7 @@ def test_perturbation_effect(tmp_path: Path) -> None:
 def test_similarity(tmp_path: Path) -> None:
     rows = run(similarity, tmp_path)
     points = Counter((row["method"], row["perturbation"]) for row in rows)
-    assert points == {(m, rho): 4 for m in ("sgd", "msam") for rho in similarity.RHOS}
+    assert points == {(m, rho): 2 for m in ("sgd", "msam") for rho in similarity.RHOS}
     for row in rows:
         angle = math.radians(row["theta_degrees"])
         assert math.atan2(row["y"], row["x"]) == pytest.approx(angle)
@@ -253,16 +258,33 @@ def test_scaled_variant_follows_the_learning_rate(x64: None) -> None:
 def test_adjustable_trainer_is_the_trainer_of_these_values() -> None:
     small = study(epochs=1)
     adjustable = small.adjustable_trainer("msam")
-    *_, other = adjustable.epochs(0, learning_rate=0.2, rho=1.0)
-    *_, found = adjustable.epochs(0, learning_rate=0.05, rho=-0.3)
-    trainer = small.trainer("msam", learning_rate=0.05, rho=-0.3)
-    *_, expected = trainer.epochs(0)
+    *_, other = adjustable.epochs(0, rho=1.0)
+    *_, found = adjustable.epochs(0, rho=0.3)
+    *_, expected = small.trainer("msam").epochs(0)
 
     def distance(epoch: training.Epoch) -> float:
         difference = optax.tree.sub(epoch.state.params, expected.state.params)
         return float(optax.tree.norm(difference))
 
     assert distance(found) < 1e-4 < 0.1 < distance(other)
+
+
+def test_setting_is_the_studied_one() -> None:
+    small = study(epochs=1)
+    assert small.setting("msam")[:3] == STUDIED["msam"]
+    # A variant takes over that of the method it varies.
+    assert small.setting("ss_sam")[:3] == STUDIED["sam"]
+    untuned = optimizers.untuned("adam")
+    assert small.setting("adam")[:3] == (untuned.learning_rate, 0.0, 5e-4)
+    given = common.open_study("x.py", "", [*FAST, "--weight-decay", "0.5"])
+    assert given.setting("sgd").weight_decay == 0.5
+
+
+def test_validation_part_is_held_out_of_the_training_part() -> None:
+    part = common.open_study("x.py", "", FAST, part="validation").task
+    whole = common.open_study("x.py", "", FAST).task
+    held_out = len(part.test_labels)
+    assert len(part.clean_labels) + held_out == len(whole.clean_labels)
 
 
 def test_study_with_other_epochs() -> None:
@@ -287,8 +309,8 @@ def test_measures_see_what_a_step_is_taken_from() -> None:
     small = study(epochs=3)
     found = list(measured(small, {"msam": measure}, looks=2, epochs=2))
     columns = [(c["learning_rate"], c["epoch"], c["seed"]) for c, _ in found]
-    assert columns == [(0.02, 1, 0), (0.02, 3, 0), (0.1, 1, 0), (0.1, 3, 0)]
-    assert [values["count"] for _, values in found] == [1.5, 3.5, 5.5, 7.5]
+    assert columns == [(0.05, 1, 0), (0.05, 3, 0)]
+    assert [values["count"] for _, values in found] == [1.5, 3.5]
     rho = small.setting("msam").rho
     for weights, params, momentum in seen:
         epsilon = optax.tree.sub(params, weights)
