@@ -3,8 +3,12 @@
 It is compiled once for a method, and `jax.vmap` makes a sweep of it: over radii, rates
 or seeds, in one program. On a CPU that does not pay: for the MLP of 784-256-256-10 a
 step costs 1.44 ms of one core alone and 1.88 ms for each of 16 at once, whose weights
-no longer fit the cache. Under `vmap` a policy's step takes both gradients. Convolutions
-do not belong here: their gradients in a loop are many times slower on a CPU.
+no longer fit the cache. Under `vmap` a policy's step takes both gradients.
+
+Convolutions do not belong into it: their gradients in a loop are many times slower on a
+CPU. Written as matrix products they took twice the time of steps from the host, so that
+a problem with convolutions is trained by those, with the same hyper-parameters as
+arguments of the compiled step.
 """
 
 from collections.abc import Callable
@@ -44,6 +48,7 @@ class Problem(NamedTuple):
       evaluate: ``evaluate(params, examples) -> (accuracy, loss)``.
       inputs: ``inputs(seed, validation) -> Inputs`` on the host.
       total_steps: of a run.
+      from_host: whether each step is called from the host.
     """
 
     init: Callable[..., msam_optax.TrainState]
@@ -52,6 +57,7 @@ class Problem(NamedTuple):
     evaluate: Callable[..., tuple[jax.Array, jax.Array]]
     inputs: Callable[[int, bool], Inputs]
     total_steps: int
+    from_host: bool = False
 
 
 class Outcome(NamedTuple):
@@ -83,9 +89,16 @@ class Traced(NamedTuple):
 Run = Callable[[Traced, Inputs], tuple[Outcome, Any]]
 
 
+def compiled(problem: Problem, build: optimizers.Build) -> Run:
+    """A run that is compiled at most once, for all hyper-parameters and seeds."""
+    if problem.from_host:
+        return make_host_run(problem, build)
+    return jax.jit(make_run(problem, build))
+
+
 def make_run(
     problem: Problem,
-    build: Callable[[optimizers.Setting], optax.GradientTransformation],
+    build: optimizers.Build,
 ) -> Run:
     """Makes ``run(hyperparameters, inputs) -> (outcome, params)`` of a method.
 
@@ -122,5 +135,49 @@ def make_run(
             fractions[-1],
         )
         return outcome, params
+
+    return run
+
+
+def make_host_run(problem: Problem, build: optimizers.Build) -> Run:
+    """As `make_run`, step by step; what an optimizer draws does not hang on the seed.
+
+    Args:
+      problem: what is learned.
+      build: makes the optimizer; its learning rate, rho and weight decay are traced.
+    """
+
+    def with_numbers(learning_rate, rho, weight_decay):
+        return build(
+            optimizers.Setting(learning_rate, rho, weight_decay, problem.total_steps)
+        )
+
+    inject = optax.inject_hyperparams(with_numbers)
+    step = msam_optax.make_train_step(problem.loss_fn, inject(0.0, 0.0, 0.0))
+
+    @jax.jit
+    def gather(train, indices, key, number):
+        step_key = jax.random.fold_in(key, number)
+        return problem.gather(train, indices, step_key), step_key
+
+    @jax.jit
+    def init(hyperparameters, key, train):
+        return problem.init(inject(*hyperparameters), key, train)
+
+    @jax.jit
+    def evaluate(state, examples):
+        params = msam_optax.eval_params(state.opt_state, state.params)
+        return problem.evaluate(params, examples), params
+
+    def run(hyperparameters, inputs):
+        train = jax.device_put(inputs.train)
+        init_key, key = jax.random.split(jax.random.key(inputs.seed))
+        state = init(hyperparameters, init_key, train)
+        for number, indices in enumerate(inputs.order):
+            batch, step_key = gather(train, indices, key, number)
+            state, metrics = step(state, batch, step_key)
+        held_out, params = evaluate(state, inputs.held_out)
+        trained, _ = evaluate(state, train)
+        return Outcome(*held_out, *trained, metrics.employed_fraction), params
 
     return run

@@ -22,6 +22,7 @@ from benchmarks.tasks import (
     training,
 )
 from benchmarks.tasks import text as text_data
+from benchmarks.tasks.fashion import fashion
 from benchmarks.tasks.fine_tuning import fine_tuning
 from benchmarks.tasks.records import Record
 from benchmarks.tasks.search import (
@@ -260,3 +261,70 @@ def test_fine_tuning_starts_from_a_trained_network_with_few_examples() -> None:
     assert not any(image.tobytes() in rows for image in second.held_out[0])
     state = problem.init(optax.sgd(0.1), jax.random.key(0), first.train)
     assert state.params is first.train[2] is second.train[2]
+
+
+# Convolutions, trained from the host.
+
+
+@pytest.fixture(scope="module")
+def clothes() -> runs.Problem:
+    return fashion(0.2, images=64, steps=4, validating=100, dataset="digits")
+
+
+@pytest.mark.parametrize("name", ["msam", "ae_sam"])
+def test_run_from_the_host_equals_the_program(small: runs.Problem, name: str) -> None:
+    """At other numbers than those that it was built with, decisions included."""
+    build = optimizers.METHODS[name].build
+    traced = runs.Traced(*map(np.float32, (0.03, 0.2, 0.01)))
+    inputs = small.inputs(3, True)
+    from_host = runs.compiled(small._replace(from_host=True), build)
+    found, params = from_host(traced, inputs)
+    expected, in_graph = runs.compiled(small, build)(traced, inputs)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+        params,
+        in_graph,
+    )
+    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-4)
+    assert float(found.sam_fraction) == float(expected.sam_fraction)
+
+
+def test_clothes_are_evaluated_at_their_own_statistics(clothes: runs.Problem) -> None:
+    """Those of the images that were trained on, whatever else is evaluated."""
+    inputs = clothes.inputs(0, True)
+    images, labels, shown = inputs.held_out
+    state = clothes.init(optax.sgd(0.1), jax.random.key(0), inputs.train)
+    evaluate = jax.jit(clothes.evaluate)
+    _, loss = evaluate(state.params, (images, labels, shown))
+    _, half = evaluate(state.params, (images[:50], labels[:50], shown))
+    _, rest = evaluate(state.params, (images[50:], labels[50:], shown))
+    assert float(loss) == pytest.approx((float(half) + float(rest)) / 2, rel=1e-4)
+    _, other = evaluate(state.params, (images, labels, shown[:32]))
+    assert abs(float(other - loss)) > 1e-4
+
+
+def test_clothes_are_cropped_and_mirrored(clothes: runs.Problem) -> None:
+    image = np.arange(1.0, 26.0).reshape(5, 5)
+    images = np.tile(image[..., None], (64, 1, 1, 1))
+    train = (images, np.arange(64), images)
+    batch, labels = clothes.gather(train, np.arange(64), jax.random.key(0))
+    padded = np.pad(image, 1, mode="edge")
+    crops = [padded[i : i + 5, j : j + 5] for i in range(3) for j in range(3)]
+    possible = {crop.tobytes() for c in crops for crop in (c, c[:, ::-1])}
+    drawn = [np.asarray(b[..., 0], np.float64).tobytes() for b in batch]
+    assert set(drawn) <= possible and len(set(drawn)) > 9
+    np.testing.assert_array_equal(labels, np.arange(64))
+
+
+def test_clothes_to_validate_are_of_the_training_part(clothes: runs.Problem) -> None:
+    loaded = data.load("digits")
+    of_training = {image.tobytes() for image in loaded.train_images}
+    inputs = clothes.inputs(0, True)
+    shown, held_out = (
+        {image.tobytes() for image in part[0]}
+        for part in (inputs.train, inputs.held_out)
+    )
+    assert shown <= of_training and held_out <= of_training
+    assert not shown & held_out
+    tested = clothes.inputs(0, False).held_out
+    np.testing.assert_array_equal(tested[0], loaded.test_images)
