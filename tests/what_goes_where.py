@@ -129,7 +129,7 @@ def search(inner: Any) -> Any:
 CLIP = optax.clip_by_global_norm(0.5)
 DECAY = optax.add_decayed_weights(0.1)
 EMA = optax.ema(0.5)
-FREEZE = optax.freeze({"a": False, "b": True})
+FREEZE = optax.transforms.freeze({"a": False, "b": True})
 ONLY_A = {"a": True, "b": False}
 FROZEN = {"a": False, "b": True}
 
@@ -253,8 +253,8 @@ SAM = [
         "selective_transform",
         "around",
         FILLED,
-        lambda: optax.selective_transform(sam(sgd()), freeze_mask=FROZEN),
-        lambda: optax.selective_transform(sgd(), freeze_mask=FROZEN),
+        lambda: optax.transforms.selective_transform(sam(sgd()), freeze_mask=FROZEN),
+        lambda: optax.transforms.selective_transform(sgd(), freeze_mask=FROZEN),
         HIDES,
         visible=("a",),
     ),
@@ -582,8 +582,8 @@ MSAM = [
         "selective_transform",
         "around",
         RIGHT,
-        lambda: optax.selective_transform(msam(sgd()), freeze_mask=FROZEN),
-        lambda: optax.selective_transform(sgd(), freeze_mask=FROZEN),
+        lambda: optax.transforms.selective_transform(msam(sgd()), freeze_mask=FROZEN),
+        lambda: optax.transforms.selective_transform(sgd(), freeze_mask=FROZEN),
     ),
     row(
         "MSAM",

@@ -96,7 +96,7 @@ def compared(
         for name, method in methods.items()
         if (own := chosen_rows(name, method["chosen"], tests))
     }
-    first = next(iter(rows), None)
+    first = next(iter(rows), "")
     found = {}
     for name, own in rows.items():
         base = methods[name].get("base") or first

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import msam_optax as mo
+from tests.versions import needs_meshes
 
 STEPS = 3000
 
@@ -105,6 +106,7 @@ def test_complex_parameters_are_refused_with_a_way_out(name):
         build(name).init(params)
 
 
+@needs_meshes
 @all_methods
 def test_shapes_dtypes_and_shardings_of_the_state_last(name):
     """Under explicit sharding, where the type of an array says how it is laid out."""

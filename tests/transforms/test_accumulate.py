@@ -13,6 +13,7 @@ import msam_optax
 from msam_optax.flax.nnx import init_nnx, nnx_loss
 from msam_optax.training._microbatches import microbatched
 from tests.every_method import build
+from tests.versions import needs_microbatching
 
 PARTS, BATCH = 4, 16
 SGD = optax.sgd(0.1, momentum=0.9)
@@ -72,6 +73,7 @@ def test_one_epsilon_for_the_whole_batch_equals_the_large_batch(x64, name):
     assert_close(metrics, large_metrics)
 
 
+@needs_microbatching
 def test_optax_microbatch_gives_the_same_gradient(x64):
     """The composition for a training loop of one's own."""
     params, (batch, *_) = problem()

@@ -164,7 +164,7 @@ HIDING: dict[str, Callable[[Any], Any]] = {
     "partition": lambda inner: optax.partition(
         {"sam": inner, "plain": BASE}, {"w": "sam", "b": "plain"}
     ),
-    "selective_transform": lambda inner: optax.selective_transform(
+    "selective_transform": lambda inner: optax.transforms.selective_transform(
         inner, freeze_mask={"w": False, "b": True}
     ),
 }
@@ -230,7 +230,7 @@ def test_other_parameters_in_the_place_of_all_are_refused():
 
 BEFORE: dict[str, Any] = {
     "clip": optax.clip_by_global_norm(1e9),
-    "freeze": optax.freeze({"w": False, "b": True}),
+    "freeze": optax.transforms.freeze({"w": False, "b": True}),
     "zero_nans": optax.zero_nans(),
     "weight decay": optax.add_decayed_weights(1e-4),
     "scale": optax.scale(1.0),
