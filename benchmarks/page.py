@@ -20,6 +20,8 @@ from benchmarks.reports import report, studies
 from benchmarks.tasks import optimizers
 from benchmarks.tasks.records import Record
 
+# Percent of the steps with SAM
+SHARES = ("10", "25", "50")
 START, END = "<!-- table: python benchmarks/page.py -->", "<!-- end of the table -->"
 
 
@@ -63,11 +65,13 @@ def gain_against_cost(found: Sequence[Result]) -> Figure:
         # Apart from each other where the cost is the same
         x = result.gradients + 0.012 * (place - len(found) / 2)
         axes.errorbar(x, result.gain.mean, result.gain.interval, fmt="o", capsize=3)
+        # Away from the line of the base, whose own name stands on the other side
         axes.annotate(
             result.method,
             (x, result.gain.mean),
-            xytext=(6, 4),
+            xytext=(6 if result.base else -6, 4 if result.gain.mean >= 0 else -12),
             textcoords="offset points",
+            horizontalalignment="left" if result.base else "right",
         )
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.set_xlabel("gradients a step")
@@ -78,20 +82,28 @@ def gain_against_cost(found: Sequence[Result]) -> Figure:
 
 def policies(found: Mapping[str, Sequence[Result]]) -> Figure:
     """The second figure: each policy's gain over a coin of the same share."""
-    figure = Figure(figsize=(4 * len(found), 3.2), dpi=150, layout="constrained")
-    columns = figure.subplots(1, len(found), squeeze=False, sharex=True)[0]
+    names = list(
+        dict.fromkeys(result.method for own in found.values() for result in own)
+    )
+    figure = Figure(figsize=(3 * len(found) + 1, 3.2), dpi=150, layout="constrained")
+    columns = figure.subplots(1, len(found), squeeze=False, sharex=True, sharey=True)[0]
     for axes, (share, own) in zip(columns, found.items(), strict=True):
-        for place, result in enumerate(reversed(own)):
+        for result in own:
+            mean, half = result.gain
             axes.errorbar(
-                result.gain.mean, place, xerr=result.gain.interval, fmt="o", capsize=3
+                mean,
+                names.index(result.method),
+                xerr=half,
+                fmt="o",
+                capsize=3,
+                # In colour what is told apart from the coin
+                color="C0" if abs(mean) > half else "0.5",
             )
-        axes.set_yticks(
-            range(len(own)),
-            [f"{r.method} ({100 * (r.gradients - 1):.0f}%)" for r in reversed(own)],
-        )
         axes.axvline(0, color="0.6", linewidth=0.8)
-        axes.set_title(f"SAM on about {share}% of the steps")
-        axes.set_xlabel("test accuracy over the coin, points")
+        axes.set_title(f"SAM on {share}% of the steps", fontsize=10)
+        axes.set_xlabel("test accuracy over the coin, points", fontsize=8)
+    columns[0].set_yticks(range(len(names)), names)
+    columns[0].invert_yaxis()
     return figure
 
 
@@ -104,7 +116,11 @@ def table(folder: Path) -> list[str]:
     for name, kind, unit, digits in (
         ("digits", "accuracy", "points", 2),
         ("directions", "accuracy", "points", 2),
+        ("directions-muon", "accuracy", "points", 2),
+        ("fashion-20", "accuracy", "points", 2),
+        ("fashion-0", "accuracy", "points", 2),
         ("fine-tuning", "accuracy", "points", 2),
+        *((f"policies-{share}", "accuracy", "points", 2) for share in SHARES),
         ("characters", "loss", "nats", 4),
     ):
         if not (folder / name / "chosen.json").is_file():
@@ -143,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gain_against_cost(found).savefig(folder / "gain_against_cost.png")
     shares: dict[str, Any] = {
         share: results(folder / f"policies-{share}", "accuracy")
-        for share in ("10", "25", "50")
+        for share in SHARES
         if (folder / f"policies-{share}" / "chosen.json").is_file()
     }
     if shares:

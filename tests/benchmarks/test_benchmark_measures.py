@@ -2,17 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from matplotlib.container import ErrorbarContainer
 from scipy import stats
 
 import msam_optax
 from benchmarks import normality, page, radius, sharpness
+from benchmarks.reports import report
 from benchmarks.tasks import optimizers, problems, runs
 
 
@@ -151,6 +153,27 @@ def test_gain_is_over_the_own_base(tmp_path: Path) -> None:
         # Its base was not tested.
         "muon_msam` | 1.00 |  |  | 3 |",
     ]
+
+
+def test_figure_has_one_row_a_policy_at_every_share() -> None:
+    """Also where a share lacks one, and in colour only what differs from the coin."""
+
+    def result(name: str, mean: float) -> page.Result:
+        return page.Result(name, 1.25, report.Estimate(mean, 0.2), "coin", 30)
+
+    few = [result("coin", 0.0), result("ae_sam", 0.1)]
+    all_of_them = [result("coin", 0.0), result("first", -0.7), result("ae_sam", 0.3)]
+    drawn = page.policies({"25": few, "50": all_of_them})
+    left, right = drawn.axes
+    labels = [label.get_text() for label in left.get_yticklabels()]
+    assert labels == ["coin", "ae_sam", "first"]
+    for axes, own in ((left, few), (right, all_of_them)):
+        for bars, expected in zip(axes.containers, own, strict=True):
+            line = cast(ErrorbarContainer, bars).lines[0]
+            assert line is not None
+            (x,), (place,) = cast(Any, line.get_data())
+            assert (x, labels[place]) == (expected.gain.mean, expected.method)
+            assert (line.get_color() == "C0") == (abs(x) > 0.2)
 
 
 def test_page_of_the_studies_is_that_of_their_rows() -> None:
