@@ -13,9 +13,9 @@ from benchmarks.tasks import data, models, optimizers, training
 class Parser(argparse.ArgumentParser):
     """Answers a bad argument with one sentence and exit code 2."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, **options: Any) -> None:
         # A typo must not start an hour of training.
-        super().__init__(description=description, allow_abbrev=False)
+        super().__init__(description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")

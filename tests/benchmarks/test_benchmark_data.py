@@ -314,7 +314,7 @@ def test_missing_idx_file_is_named(fashion_folder: Path) -> None:
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A cache that is empty, without Debian's files, fed from a folder."""
     cache = tmp_path / "home" / "cache"
-    monkeypatch.setattr(data, "_DEBIAN_FASHION", tmp_path / "not-installed")
+    monkeypatch.setattr(data, "DEBIAN_FASHION", tmp_path / "not-installed")
     monkeypatch.setattr(data, "_FASHION_CACHE", cache)
     monkeypatch.setattr(data, "_FASHION_URL", f"{tmp_path.as_uri()}/")
     return cache
@@ -357,7 +357,7 @@ def test_download_that_fails_says_what_else_to_do(cache: Path) -> None:
 
 
 @pytest.mark.skipif(
-    not data._DEBIAN_FASHION.is_dir(),
+    not data.DEBIAN_FASHION.is_dir(),
     reason="needs the Debian package dataset-fashion-mnist",
 )
 def test_real_fashion_mnist_is_whole() -> None:
