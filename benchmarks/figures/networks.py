@@ -31,6 +31,7 @@ class Network(NamedTuple):
       batches: the training part, or as many of its first examples as the study's
         setting `examples` says.
       batch: one batch of the size that is trained on.
+      gradients: of a batch, that the training took so far.
     """
 
     columns: dict[str, Any]
@@ -39,6 +40,7 @@ class Network(NamedTuple):
     loss: Callable[[Any, Any], jax.Array]
     batches: list[Any]
     batch: Any
+    gradients: int
 
     def key(self) -> jax.Array:
         """A random key of the network's seed: all methods meet the same directions."""
@@ -96,6 +98,7 @@ def networks(
                 loss=loss,
                 batches=_batches(*data, study.settings["examples"]),
                 batch=_batches(*data, task.batch_size)[0],
+                gradients=epoch.gradients,
             )
 
 
