@@ -46,14 +46,15 @@ class StepMetrics(NamedTuple):
     Attributes:
       loss: scalar, the clean loss of the batch, at the parameters before the step.
       grad_norm: scalar, l2 norm of the clean gradient.
-      perturbation_norm: as in :class:`PerturbationMetrics`, like the four below.
-      relative_perturbation: the same relative to the parameters' norm.
+      perturbation_norm: as in :class:`PerturbationMetrics`. What it is relative to the
+        parameters' norm :func:`step_metrics` tells when it is asked, since it takes a
+        pass over all of them.
       employed: boolean scalar, whether this step took an extra gradient.
       employed_fraction: scalar, the share of such steps so far.
       sharpness: scalar, L(w + epsilon) - L(w) of the batch where this step took an
         extra gradient; else the last one's.
       skipped: boolean scalar, whether this step was not finite and changed nothing;
-        never without a `LossScaling`. Then the five above are of the last step that was
+        never without a `LossScaling`. Then the four above are of the last step that was
         not skipped.
       aux: the loss function's own.
     """
@@ -61,7 +62,6 @@ class StepMetrics(NamedTuple):
     loss: jax.Array
     grad_norm: jax.Array
     perturbation_norm: jax.Array
-    relative_perturbation: jax.Array
     employed: jax.Array
     employed_fraction: jax.Array
     sharpness: jax.Array
@@ -153,10 +153,13 @@ def _asked(node: Any, employed: jax.Array, fraction: jax.Array) -> Iterator[_Ask
 
 def metrics_of(state: TrainState, clean: CleanPass, skipped: jax.Array) -> StepMetrics:
     """The metrics of a step from its new state and its clean pass."""
+    perturbation = step_metrics(state.opt_state, state.params)._asdict()
+    # What nobody asks for is not computed.
+    del perturbation["relative_perturbation"]
     return StepMetrics(
         loss=clean.loss,
         grad_norm=global_norm(clean.grads),
-        **step_metrics(state.opt_state, state.params)._asdict(),
+        **perturbation,
         skipped=skipped,
         aux=clean.aux,
     )
