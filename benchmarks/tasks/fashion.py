@@ -16,6 +16,7 @@ import numpy as np
 from sklearn.model_selection import train_test_split
 
 from benchmarks.tasks import data, problems, runs
+from benchmarks.tasks.augmentation import crop_and_flip
 from benchmarks.tasks.losses import cross_entropy
 
 _BATCH = 64
@@ -98,23 +99,7 @@ def fashion(
 
 def _gather(train: Any, indices: Any, key: Any) -> Any:
     images, labels, _ = train
-    images = images[indices]
-    count, height, width, _ = images.shape
-    row_key, column_key, flip_key = jax.random.split(key, 3)
-
-    def places(key: Any, size: int) -> jax.Array:
-        starts = jax.random.randint(key, (count, 1), 0, 2 * _PAD + 1)
-        return starts + jnp.arange(size)
-
-    columns = places(column_key, width)
-    flipped = jax.random.bernoulli(flip_key, shape=(count, 1))
-    columns = jnp.where(flipped, columns[:, ::-1], columns)
-    rows = places(row_key, height)
-    # What lies outside of the image is as its nearest pixel.
-    padding = ((0, 0), (_PAD, _PAD), (_PAD, _PAD), (0, 0))
-    padded = jnp.pad(images, padding, mode="edge")
-    each = jnp.arange(count)[:, None, None]
-    return padded[each, rows[:, :, None], columns[:, None, :]], labels[indices]
+    return crop_and_flip(images[indices], key), labels[indices]
 
 
 def _evaluate(model: nn.Module, params: Any, examples: Any) -> Any:
