@@ -163,7 +163,7 @@ def batch_hessian_vector(
 ) -> Any:
     """H · vector for the Hessian of one batch, forward over reverse."""
 
-    def at(params):
+    def at(params: Any) -> Any:
         return batch_gradient(loss_fn, params, batch)
 
     return jax.jvp(at, (params,), (vector,))[1]

@@ -46,8 +46,8 @@ def draws_like(
     for place, leaf in enumerate(leaves):
         alike.setdefault((jnp.shape(leaf), jnp.result_type(leaf)), []).append(place)
 
-    def draw_all():
-        draws = [None] * len(leaves)
+    def draw_all() -> list[jax.Array]:
+        draws: list[Any] = [None] * len(leaves)
         for places in alike.values():
             leaf = leaves[places[0]]
             together = jax.lax.map(
@@ -57,7 +57,7 @@ def draws_like(
                 draws[place] = one
         return draws
 
-    def nothing():
+    def nothing() -> list[jax.Array]:
         shapes = jax.eval_shape(draw_all)
         return [jnp.zeros(x.shape, x.dtype) for x in shapes]
 

@@ -1,5 +1,7 @@
 """Fisher SAM's ascent."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -55,7 +57,7 @@ def fisher(
     """
     check_real("eta", eta, low=0.0)
 
-    def perturb(rho, direction, params):
+    def perturb(rho: Any, direction: optax.Updates, params: Any) -> optax.Updates:
         del params
         dtype = statistics_dtype(direction)
         natural = jax.tree.map(

@@ -76,14 +76,16 @@ def friendly(
     check_real("sigma", sigma)
     check_real("decay", decay, low=0.0, high=1.0)
 
-    def init_fn(params):
+    def init_fn(params: Any) -> Any:
         return FriendlyAscentState(
             average=optax.tree.zeros_like(params),
             started=jnp.zeros([], bool),
             rho_state=init_schedule(rho),
         )
 
-    def update_fn(direction, state, params=None, **extra_args):
+    def update_fn(
+        direction: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         del params
         radius, rho_state = read_schedule(rho, state.rho_state, extra_args)
         # The mean is zero before the first step, so d is the gradient then.

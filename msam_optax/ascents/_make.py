@@ -69,11 +69,13 @@ def make(
     """
     check_scalar_or_schedule("rho", rho)
 
-    def init_fn(params):
+    def init_fn(params: Any) -> Any:
         del params
         return init_schedule(rho)
 
-    def update_fn(direction, state, params=None, **extra_args):
+    def update_fn(
+        direction: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         radius, state = read_schedule(rho, state, extra_args)
         return perturb(radius, direction, params), state
 

@@ -66,7 +66,7 @@ def normalized(
             "optax.inject_hyperparams name it in static_args."
         )
 
-    def perturb(rho, direction, params):
+    def perturb(rho: Any, direction: optax.Updates, params: Any) -> optax.Updates:
         del params
         if p == 2:
             return scale(safe_divide(rho, global_norm(direction)), direction)
@@ -124,7 +124,7 @@ def loss_equated(
         check_real("sigma", sigma, low=0)
     check_real("rho_max", rho_max, low=0, excluded=0)
 
-    def perturb(sigma, direction, params):
+    def perturb(sigma: Any, direction: optax.Updates, params: Any) -> optax.Updates:
         del params
         norm = global_norm(direction)
         rho = jnp.minimum(safe_divide(sigma, norm), rho_max)

@@ -77,7 +77,9 @@ def stochastic(
     """
     check_real("beta", beta, low=0.0, high=1.0, excluded=0.0)
 
-    def perturb(rho, direction, params, key, step):
+    def perturb(
+        rho: Any, direction: Any, params: Any, key: jax.Array, step: jax.Array
+    ) -> optax.Updates:
         del params
         if by_coordinate:
             takes_part = draws_like(
@@ -159,7 +161,9 @@ def gaussian(
     if axes is not None and not filterwise:
         raise ValueError("axes say what a filter is: give filterwise=True with them.")
 
-    def perturb(rho, direction, params, key, step):
+    def perturb(
+        rho: Any, direction: Any, params: Any, key: jax.Array, step: jax.Array
+    ) -> optax.Updates:
         if not filterwise:
             noise = draws_like(
                 direction,
@@ -192,11 +196,13 @@ def _random_ascent(
     check_scalar_or_schedule("rho", rho)
     check_integer("seed", seed, low=0)
 
-    def init_fn(params):
+    def init_fn(params: Any) -> Any:
         del params
         return RandomAscentState(ascent_step=jnp.zeros([], jnp.int32))
 
-    def update_fn(direction, state, params=None, **extra_args):
+    def update_fn(
+        direction: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         step = training_step(state.ascent_step, extra_args)
         key = jax.random.fold_in(jax.random.key(seed), step)
         epsilon = perturb(value_at(rho, step), direction, params, key, step)

@@ -188,10 +188,10 @@ def layerwise(
       <https://arxiv.org/abs/2203.02714>`_, 2022.
     """
 
-    def perturb(rho, direction, params):
+    def perturb(rho: Any, direction: optax.Updates, params: Any) -> optax.Updates:
         check_params("This ascent scales with the weights", params)
 
-        def tensor(g, w):
+        def tensor(g: jax.Array, w: jax.Array) -> jax.Array:
             return scale(rho * safe_divide(global_norm(w), global_norm(g)), g)
 
         return jax.tree.map(
@@ -254,7 +254,9 @@ def clip_by_weight_norm(max_ratio: float) -> optax.GradientTransformationExtraAr
     """
     check_real("max_ratio", max_ratio, 0, excluded=0)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         del extra_args
         check_params("This ascent scales with the weights", params)
         ratio = safe_divide(max_ratio * global_norm(params), global_norm(updates))
@@ -274,7 +276,7 @@ def _sized_ascent(
 ) -> optax.GradientTransformationExtraArgs:
     r"""rho T^power g / ‖T g‖ with T = size(w) where mask, and 1 elsewhere."""
 
-    def perturb(rho, direction, params):
+    def perturb(rho: Any, direction: optax.Updates, params: Any) -> optax.Updates:
         check_params("This ascent scales with the weights", params)
         dtype = statistics_dtype(params)
         of_params = layouts(axes, params)
@@ -291,7 +293,7 @@ def _sized_ascent(
             params,
         )
 
-        def times_t(tree):
+        def times_t(tree: Any) -> Any:
             return jax.tree.map(lambda x, t: x.astype(dtype) * t, tree, t)
 
         weighed = times_t(direction)

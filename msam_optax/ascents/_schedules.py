@@ -1,5 +1,8 @@
 """Schedules for rho, and of a learning rate whose decay has SAM's steps."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -61,7 +64,7 @@ def rho_like_learning_rate(
             f"{learning_rate_max!r} and {learning_rate_min!r} were given."
         )
 
-    def schedule(step):
+    def schedule(step: Any) -> jax.Array:
         eta = learning_rate(step) if callable(learning_rate) else learning_rate
         share = (eta - learning_rate_min) / (learning_rate_max - learning_rate_min)
         return jnp.asarray(rho_min + (rho_max - rho_min) * share)

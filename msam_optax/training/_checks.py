@@ -56,7 +56,7 @@ def _arrays(name: str, argument: Any) -> Iterator[tuple[str, jax.Array]]:
 def _donated_twice(state: Any, batch: Any, key: Any) -> str | None:
     paths: dict[int, str] = {}
 
-    def told(first, second):
+    def told(first: str, second: str) -> str:
         return (
             f"The step takes over the memory of its state, but {first} and {second} "
             "are one and the same array: give one of the two a copy, by "

@@ -55,13 +55,13 @@ class Gradients:
         """What an optimizer may ask for, once the clean gradient is there."""
         key = used_again(key)
 
-        def value_and_grad_fn(params):
+        def value_and_grad_fn(params: optax.Params) -> tuple[jax.Array, optax.Updates]:
             (loss, _), gradient = self._value_and_grad(
                 params, state.model_state, state.loss_scale, batch, used_again(key)
             )
             return loss, gradient
 
-        def per_example_loss_fn(params, indices=None):
+        def per_example_loss_fn(params: optax.Params, indices: Any = None) -> Any:
             samples = batch
             if indices is not None:
                 samples = jax.tree.map(lambda x: x[indices], batch)
@@ -84,8 +84,10 @@ class Gradients:
             state.params, state.model_state, state.loss_scale, batch, key
         ).jaxpr.jaxpr
 
-    def _mean_and_grad(self, params, model_state, loss_scale, batch, key):
-        def mean_loss(params):
+    def _mean_and_grad(
+        self, params: Any, model_state: Any, loss_scale: Any, batch: Any, key: Any
+    ) -> Any:
+        def mean_loss(params: optax.Params) -> tuple[jax.Array, Any]:
             losses, (model_state_after, aux) = self._losses(loss_scale)(
                 params, model_state, batch, key
             )
@@ -95,7 +97,7 @@ class Gradients:
         return jax.value_and_grad(mean_loss, has_aux=True)(params)
 
     def _losses(self, loss_scale: Any) -> Callable[..., Any]:
-        def losses(params, model_state, batch, key):
+        def losses(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
             return _check_result(self._loss_fn(params, model_state, batch, key))
 
         # The scale belongs to the backward pass of each part.
@@ -112,7 +114,7 @@ def used_again(key: Any) -> Any:
     `jax_debug_key_reuse` takes a key that is used twice for an error, but its clone.
     """
 
-    def clone(key):
+    def clone(key: jax.Array) -> jax.Array:
         is_key = jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key)
         return jax.random.clone(key) if is_key else key
 

@@ -112,7 +112,7 @@ def scaled_backward(
 ) -> Callable[..., Any]:
     """`loss_fn(params, ...) -> (loss, others)`, scaled in its backward pass alone."""
 
-    def scaled(params, *args):
+    def scaled(params: Any, *args: Any) -> tuple[Any, Any]:
         loss, others = loss_fn(_scale_cotangent(params, 1 / scale), *args)
         return _scale_cotangent(loss, scale), others
 
@@ -125,12 +125,12 @@ def _scale_cotangent(tree: Any, factor: jax.Array) -> Any:
     return tree
 
 
-def _forward(tree, factor):
+def _forward(tree: Any, factor: jax.Array) -> tuple[Any, jax.Array]:
     return tree, factor
 
 
-def _backward(factor, cotangent):
-    def scale(x):
+def _backward(factor: jax.Array, cotangent: Any) -> tuple[Any, None]:
+    def scale(x: Any) -> Any:
         if x.dtype == jax.dtypes.float0:
             return x
         return (x * factor).astype(x.dtype)

@@ -131,7 +131,7 @@ def _asked(node: Any, employed: jax.Array, fraction: jax.Array) -> Iterator[_Ask
     """The places of an optimizer's state, with what holds on the way to them."""
     ascents, inside = [], []
 
-    def look(node):
+    def look(node: Any) -> None:
         if isinstance(node, SharpnessAwareState):
             ascents.append(node)
         elif isinstance(node, EmployState):

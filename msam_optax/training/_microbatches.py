@@ -42,19 +42,21 @@ def microbatched(loss_fn: Callable[..., Any], microbatches: int) -> Callable[...
       be cut so.
     """
 
-    def one(params, model_state, batch, key):
+    def one(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[Any, Any]:
         losses, (model_state, aux) = loss_fn(params, model_state, batch, key)
         weight = losses.summed().weight if is_weighted(losses) else None
         return mean_of(losses), (weight, model_state, summed(aux))
 
-    def over_microbatches(function, model_state, batch, key):
+    def over_microbatches(
+        function: Callable[..., Any], model_state: Any, batch: Any, key: Any
+    ) -> tuple[Any, Any, Any]:
         """Averages (means, aux, model state) of function(model state, part, its key).
 
         Which also returns the weight of the part's means, None for equal ones.
         """
         parts = _parts(batch, microbatches)
 
-        def at(index, state):
+        def at(index: Any, state: Any) -> tuple[Any, Any]:
             part = jax.tree.map(lambda x: x[:, index], parts)
             part_key = None if key is None else jax.random.fold_in(key, index)
             means, weight, aux, state = function(state, part, part_key)
@@ -62,7 +64,7 @@ def microbatched(loss_fn: Callable[..., Any], microbatches: int) -> Callable[...
                 means = jax.tree.map(lambda x: weight * x, means)
             return (means, weight, aux), state
 
-        def add(index, total):
+        def add(index: Any, total: Any) -> Any:
             _, latest = total
             state = jax.tree.map(
                 lambda first, last: first if _is_averaged(first) else last,
@@ -86,18 +88,18 @@ def microbatched(loss_fn: Callable[..., Any], microbatches: int) -> Callable[...
         return means, divided(aux), state
 
     @jax.custom_vjp
-    def averaged(params, model_state, batch, key):
-        def value(*args):
+    def averaged(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+        def value(*args: Any) -> tuple[Any, ...]:
             loss, (weight, state, aux) = one(params, *args)
             return loss, weight, aux, state
 
         loss, aux, state = over_microbatches(value, model_state, batch, key)
         return loss, (state, aux)
 
-    def forward(params, model_state, batch, key):
+    def forward(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
         value_and_grad = partial(jax.value_and_grad(one, has_aux=True), params)
 
-        def values(*args):
+        def values(*args: Any) -> tuple[Any, ...]:
             (loss, (weight, state, aux)), gradient = value_and_grad(*args)
             return (loss, gradient), weight, aux, state
 
@@ -106,7 +108,7 @@ def microbatched(loss_fn: Callable[..., Any], microbatches: int) -> Callable[...
         )
         return (loss, (state, aux)), optax.tree.cast_like(gradient, params)
 
-    def backward(gradient, cotangents):
+    def backward(gradient: Any, cotangents: Any) -> tuple[Any, ...]:
         by_loss, _ = cotangents
         scaled = jax.tree.map(lambda g: (by_loss * g).astype(g.dtype), gradient)
         return scaled, None, None, None

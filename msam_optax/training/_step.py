@@ -10,7 +10,7 @@ import optax
 from msam_optax._base.hyperparams import check_integer, check_transformation
 from msam_optax.training._checks import check_state, diagnose
 from msam_optax.training._dispatch import Dispatch, Dispatcher
-from msam_optax.training._gradients import Gradients, LossFn, used_again
+from msam_optax.training._gradients import CleanPass, Gradients, LossFn, used_again
 from msam_optax.training._loss_scaling import LossScaling, all_finite, stay_finite
 from msam_optax.training._metrics import StepMetrics, metrics_of
 from msam_optax.training._state import TrainState
@@ -123,18 +123,25 @@ class TrainStep:
         decide = self._first_half.lower(state, batch, key)
         return LoweredStep({"decide": decide, "plain": plain, "employed": employed})
 
-    def _whole(self, state, batch, key):
+    def _whole(self, state: TrainState, batch: Any, key: Any) -> Any:
         clean = self._gradients.clean_pass(state, batch, key)
         return self._finish(state, clean, batch, key)
 
-    def _decide(self, state, batch, key):
+    def _decide(self, state: TrainState, batch: Any, key: Any) -> Any:
         clean = self._gradients.clean_pass(state, batch, key)
         # Of this update only the decision is returned: XLA drops all else.
         _, opt_state = self._update(state, clean, batch, key, employed=False)
         (employ_state,) = find_states(opt_state, EmployState)
         return clean, employ_state.employed
 
-    def _update(self, state, clean, batch, key, employed=None):
+    def _update(
+        self,
+        state: TrainState,
+        clean: CleanPass,
+        batch: Any,
+        key: Any,
+        employed: bool | None = None,
+    ) -> tuple[optax.Updates, optax.OptState]:
         check_wrappers(state.opt_state, skips=self._loss_scaling is not None)
         extra_args = self._gradients.extra_args(state, clean, batch, key)
         if employed is not None:
@@ -143,7 +150,14 @@ class TrainStep:
             clean.grads, state.opt_state, state.params, **extra_args
         )
 
-    def _finish(self, state, clean, batch, key, employed=None):
+    def _finish(
+        self,
+        state: TrainState,
+        clean: CleanPass,
+        batch: Any,
+        key: Any,
+        employed: bool | None = None,
+    ) -> tuple[TrainState, StepMetrics]:
         updates, opt_state = self._update(state, clean, batch, key, employed)
         params = optax.apply_updates(state.params, updates)
         new_state = TrainState(params, opt_state, clean.model_state, state.loss_scale)
