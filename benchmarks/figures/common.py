@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optax
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -213,6 +214,12 @@ def panels(
     return figure, figure.subplots(
         rows, columns, squeeze=False, sharey="row" if alike else "none"
     )
+
+
+def zoom(ax: Axes, level: float, below: float = 5.0) -> None:
+    """Lets the y-axis begin a little below a level; what diverged is not shown."""
+    low, _ = ax.get_ylim()
+    ax.set_ylim(bottom=max(low, level - below))
 
 
 def trained(

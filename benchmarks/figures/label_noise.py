@@ -103,6 +103,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
             ax=ax,
         )
         ax.set_title(title.lower())
+        common.zoom(ax, 100 * min(row[value] for row in rows if row["method"] == "sgd"))
     return figure
 
 
