@@ -17,6 +17,7 @@ from msam_optax.flax._recalibration import (
     fingerprint,
     split_arguments,
     take_anew,
+    told_of_whole_batches,
 )
 
 
@@ -57,8 +58,8 @@ def recalibrate_batch_stats(
 
     Raises:
       ValueError: if there are no batches, one batch was given in their place, the
-        module, called so, takes no statistics, or what is named as a mean and a
-        variance does not move as a batch norm's.
+        module, called so, takes no statistics or can't be called with a batch as it
+        is, or what is named as a mean and a variance does not move as a batch norm's.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> from msam_optax.flax.linen import recalibrate_batch_stats
@@ -107,14 +108,15 @@ def _pass(
 ) -> Any:
     # Made here: JAX's checker takes a key that several passes are handed for reused.
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(rngs))
-    outputs, updated = model.apply(
-        {**variables, "batch_stats": statistics},
-        *inputs.args,
-        # Not only batch_stats: a module may write other collections as well.
-        mutable=[*(set(variables) - {"params"}), "batch_stats"],
-        rngs=dict(zip(rngs, keys, strict=True)),
-        **inputs.kwargs,
-        **arrays,
-        **dict(static),
-    )
+    with told_of_whole_batches(inputs.args):
+        outputs, updated = model.apply(
+            {**variables, "batch_stats": statistics},
+            *inputs.args,
+            # Not only batch_stats: a module may write other collections as well.
+            mutable=[*(set(variables) - {"params"}), "batch_stats"],
+            rngs=dict(zip(rngs, keys, strict=True)),
+            **inputs.kwargs,
+            **arrays,
+            **dict(static),
+        )
     return fingerprint(outputs), updated["batch_stats"], step + 1

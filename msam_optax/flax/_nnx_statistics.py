@@ -17,6 +17,7 @@ from msam_optax.flax._recalibration import (
     fingerprint,
     split_arguments,
     take_anew,
+    told_of_whole_batches,
 )
 
 
@@ -92,6 +93,7 @@ def _pass(
     graphdef: Any, static: tuple, rest: Any, statistics: Any, streams: Any, inputs: Any
 ) -> Any:
     model, arrays = nnx.merge(graphdef, statistics, streams, rest, copy=True)
-    outputs = model(*inputs.args, **inputs.kwargs, **arrays, **dict(static))
+    with told_of_whole_batches(inputs.args):
+        outputs = model(*inputs.args, **inputs.kwargs, **arrays, **dict(static))
     _, statistics, streams, _ = _split(model, arrays)
     return fingerprint(outputs), as_pure(statistics), as_pure(streams)

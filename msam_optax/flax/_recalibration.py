@@ -13,9 +13,10 @@ step from s = 0 is :math:`(1 - \delta) b`. All other leaves (the vectors of spec
 norm, maxima, counters) go on from batch to batch, as in training.
 """
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +51,22 @@ def check_batches(batches: Any) -> None:
         "was given: give [batch] if it is one batch, list(batches) if its first axis "
         "counts batches."
     )
+
+
+@contextlib.contextmanager
+def told_of_whole_batches(args: tuple[Any, ...]) -> Iterator[None]:
+    """Tells what a module may have failed of that was called with a whole batch."""
+    try:
+        yield
+    except Exception as error:
+        if len(args) == 1 and isinstance(args[0], tuple | list | Mapping):
+            raise ValueError(
+                f"The module can't be called with a batch that is a "
+                f"{type(args[0]).__name__} of {len(args[0])}. If the batches hold "
+                "labels as well, say what the module is called with, for instance "
+                "inputs=lambda batch: batch[0]."
+            ) from error
+        raise
 
 
 def take_anew(step: Step, statistics: Any, streams: Any, batches: Iterable[Any]) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from msam_optax._base.numerics import global_norm, statistics_dtype
+from msam_optax._base.trees import check_alive
 from msam_optax.transforms._behind import check_placement
 from msam_optax.transforms._find_momentum import (
     add_momentum,
@@ -38,7 +39,8 @@ def eval_params(state: optax.OptState, params: optax.Params) -> optax.Params:
       A tree like params; params themselves where nothing is perturbed.
 
     Raises:
-      ValueError: if state is not an optimizer state of these parameters; if it is
+      ValueError: if state is not an optimizer state of these parameters; if a
+        training step took over the memory of either; if it is
         batched (then ``vmap`` this function too); or if something stands behind MSAM in
         the same chain or moves the parameters around it, so that they are not those
         that MSAM made.
@@ -114,8 +116,10 @@ def _moved(name: str, state: Any, params: optax.Params, sign: int) -> optax.Para
             f"parameters second, but {type(state).__name__} and "
             f"{type(params).__name__} were given: were they swapped?"
         )
+    check_alive("params", params)
     for node in found:
         if isinstance(node, PERTURBED):
+            check_alive("state", node)
             params = _moved_by(name, node, params, sign)
     return params
 

@@ -226,6 +226,18 @@ def test_a_module_called_as_in_evaluation_is_named():
         recalibrate_batch_stats(model, state.pop("params"), state, [x], train=False)
 
 
+def test_labels_among_the_inputs_are_told_of():
+    both, says = [(jnp.ones((4, 3)), jnp.ones(4, jnp.int32))], "inputs=lambda batch"
+    state = {"batch_stats": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}
+    norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=says):
+        recalibrate_batch_stats(nn.BatchNorm(False), {}, state, both)
+    with pytest.raises(ValueError, match=says):
+        recalibrate_nnx_batch_stats(norm, both)
+    recalibrate_nnx_batch_stats(norm, both, inputs=lambda batch: batch[0])
+    np.testing.assert_allclose(norm.mean[...], 1)
+
+
 ONE_BATCH = {
     "features": jnp.ones((4, 3)),
     "images": np.ones((2, 8, 8, 3), np.float32),

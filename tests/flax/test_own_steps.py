@@ -42,8 +42,8 @@ def params_of(model: nnx.Module) -> Any:
 
 def outputs_of(params: Any, inputs: jax.Array) -> jax.Array:
     first, last = params["layers"][0], params["layers"][2]
-    hidden = jnp.tanh(inputs @ first["kernel"] + first["bias"])
-    return hidden @ last["kernel"] + last["bias"]
+    hidden = jnp.tanh(inputs @ first["kernel"] + first["bias"][None])
+    return hidden @ last["kernel"] + last["bias"][None]
 
 
 def losses(outputs: jax.Array, batch: Any) -> jax.Array:
@@ -396,6 +396,14 @@ def test_what_a_step_has_taken_over_is_named_wherever_it_is_given():
     state = {"batch_stats": {"mean": deleted(), "var": jnp.ones(3)}}
     with pytest.raises(ValueError, match=taken):
         linen.recalibrate_batch_stats(LINEN, {}, state, batches)
+    tx = msam_optax.msam(0.1, rho=0.1)
+    for name in ("eval_params", "train_params"):
+        moved, old = getattr(msam_optax, name), tx.init({"w": jnp.ones(3)})
+        with pytest.raises(ValueError, match=r"params\['w'\] was given to a training"):
+            moved(old, {"w": deleted()})
+        jax.tree.map(lambda x: x.delete(), old)
+        with pytest.raises(ValueError, match=r"state\S+ was given to a training step"):
+            moved(old, {"w": jnp.ones(3)})
     norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
     norm.mean = nnx.BatchStat(deleted())
     with pytest.raises(ValueError, match=taken):
