@@ -7,6 +7,7 @@ numbers are those of one draw after the other, each with its key of the split.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,15 +16,19 @@ import numpy as np
 
 
 def coins_like(tree: Any, key: jax.Array, probability: Any) -> Any:
-    """One boolean for each leaf, true with a probability."""
+    """For each leaf 1 with a probability, else 0: float32 scalars."""
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
     coins = jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
     # The root and the sums are where fusions end, see `_base.numerics`.
     coins = jnp.sqrt(coins.astype(jnp.float32))
-    places = jnp.arange(len(leaves))
-    each = [jnp.sum(coins, where=places == i) > 0 for i in range(len(leaves))]
+    each = [_entry(coins, place) for place in np.arange(len(leaves))]
     return jax.tree.unflatten(treedef, each)
+
+
+@partial(jax.jit, inline=True)
+def _entry(vector: jax.Array, place: Any) -> jax.Array:
+    return jnp.sum(vector, where=jnp.arange(len(vector)) == place)
 
 
 def draws_like(

@@ -19,8 +19,10 @@ from msam_optax._base.layers import AxesLike, Layout, layouts
 from msam_optax._base.numerics import (
     global_norm,
     safe_divide,
+    safe_sqrt,
     scale,
     statistics_dtype,
+    sum_of_squares,
 )
 from msam_optax._base.trees import check_params
 from msam_optax.ascents._draws import coins_like, draws_like, wide_normal
@@ -88,13 +90,18 @@ def stochastic(
                 step,
                 lambda key, g: jax.random.bernoulli(key, beta, jnp.shape(g)),
             )
-        else:
-            takes_part = coins_like(direction, key, beta)
-        chosen = jax.tree.map(
-            lambda taken, g: jnp.where(taken, g, 0), takes_part, direction
+            chosen = jax.tree.map(
+                lambda taken, g: jnp.where(taken, g, 0), takes_part, direction
+            )
+            factor = safe_divide(rho, global_norm(chosen)) / beta
+            return optax.tree.cast_like(scale(factor, chosen), direction)
+        # A tensor's factor leaves it out, without a pass over it of its own.
+        coins = coins_like(direction, key, beta)
+        squares = jax.tree.map(
+            lambda coin, g: jnp.where(coin > 0, sum_of_squares(g), 0), coins, direction
         )
-        factor = safe_divide(rho, global_norm(chosen)) / beta
-        return optax.tree.cast_like(scale(factor, chosen), direction)
+        factor = safe_divide(rho, safe_sqrt(optax.tree.sum(squares))) / beta
+        return jax.tree.map(lambda coin, g: scale(coin * factor, g), coins, direction)
 
     return _random_ascent(rho, seed, perturb)
 
