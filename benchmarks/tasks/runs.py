@@ -176,8 +176,9 @@ def make_host_run(problem: Problem, build: optimizers.Build) -> Run:
         for number, indices in enumerate(inputs.order):
             batch, step_key = gather(train, indices, key, number)
             state, metrics = step(state, batch, step_key)
-        held_out, params = evaluate(state, inputs.held_out)
-        trained, _ = evaluate(state, train)
-        return Outcome(*held_out, *trained, metrics.employed_fraction), params
+        (accuracy, loss), params = evaluate(state, inputs.held_out)
+        (fit, train_loss), _ = evaluate(state, train)
+        employed = metrics.employed_fraction
+        return Outcome(accuracy, loss, fit, train_loss, employed), params
 
     return run
