@@ -42,7 +42,9 @@ def momentum_perturbation(
     is no momentum (SGD without, RMSProp, Adagrad), where the step does not go along it
     (Muon orthogonalises it, Lion takes its sign) and where it stands behind the
     learning rate (``optax.rmsprop`` with momentum, ``optax.lars``). While the learning
-    rate is 0, the update is 0 and nothing is perturbed.
+    rate is 0, the update is 0 and nothing is perturbed. *Measured* (digits with wrong
+    labels, points over the base, 95%): Lion +2.25 ± 0.39 along the update and -0.06 ±
+    0.27 along the momentum, AdamW +1.65 ± 0.32 and +1.20 ± 0.31, Muon not told apart.
 
     *Cost*: no extra gradient. *State*: one scalar with rho along the momentum (two if
     it is a schedule); one tree like the parameters along the update, with an ascent or
