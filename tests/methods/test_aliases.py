@@ -692,7 +692,10 @@ WITHOUT_RHO: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 @pytest.mark.parametrize("name", WITHOUT_RHO)
 def test_without_rho_the_base_optimizer_remains_bit_for_bit(name, problem):
     tx, base = WITHOUT_RHO[name]
-    chex.assert_trees_all_equal(run(tx(), problem).params, base_run(base, problem))
+    # Operation by operation: XLA rounds two programs alike only if it fuses them alike.
+    with jax.disable_jit():
+        one, other = (run(t, problem, steps=4).params for t in (tx(), base()))
+    chex.assert_trees_all_equal(one, other)
 
 
 @on_both
