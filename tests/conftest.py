@@ -36,6 +36,10 @@ FAST = [
     "project/test_release.py",
 ]
 
+# Folders whose losses are written as users write them, a bias added to a batch. The
+# step of `every_method` promotes no rank there either.
+PROMOTING = ["benchmarks", "contract", "project"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     fast = {TESTS / path for path in FAST}
@@ -44,6 +48,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path in fast:
             item.add_marker(pytest.mark.fast)
+
+
+@pytest.fixture(autouse=True)
+def no_rank_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What promotes a rank in silence may as well be a mistake."""
+    promotes = request.path.parent.name in PROMOTING
+    with jax.numpy_rank_promotion("allow" if promotes else "raise"):
+        yield
 
 
 @pytest.fixture

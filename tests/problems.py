@@ -117,8 +117,10 @@ def mlp() -> Problem:
 
     def loss(params: Any, t: Any) -> jax.Array:
         hidden, output = params["hidden"], params["output"]
-        features = jnp.tanh(jnp.asarray(inputs)[t] @ hidden["kernel"] + hidden["bias"])
-        logits = features @ output["kernel"] + output["bias"]
+        features = jnp.tanh(
+            jnp.asarray(inputs)[t] @ hidden["kernel"] + hidden["bias"][None]
+        )
+        logits = features @ output["kernel"] + output["bias"][None]
         return optax.losses.softmax_cross_entropy_with_integer_labels(
             logits, jnp.asarray(labels)[t]
         ).mean()

@@ -57,7 +57,7 @@ def batch(t: int) -> np.ndarray:
 
 def loss_fn(p: Any, model_state: Any, inputs: Any, key: Any) -> Any:
     """A loss for each example, and statistics of the batch."""
-    hidden = jnp.tanh((inputs + 0.1 * jnp.cos(key)) @ p["kernel"] + p["bias"])
+    hidden = jnp.tanh((inputs + 0.1 * jnp.cos(key)) @ p["kernel"] + p["bias"][None])
     losses = jnp.sum((hidden @ p["output"] - inputs) ** 2, axis=-1)
     mean = 0.9 * model_state["mean"] + 0.1 * hidden.mean(0)
     return losses, ({"mean": mean, "batches": model_state["batches"] + 1}, {})

@@ -67,8 +67,8 @@ def classes() -> Samples:
     def losses(params: Any, batch: Any) -> jax.Array:
         inputs, labels = batch
         hidden, output = params["hidden"], params["output"]
-        features = jnp.tanh(inputs @ hidden["kernel"] + hidden["bias"])
-        logits = features @ output["kernel"] + output["bias"]
+        features = jnp.tanh(inputs @ hidden["kernel"] + hidden["bias"][None])
+        logits = features @ output["kernel"] + output["bias"][None]
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
 
     return Samples("classes", mlp().params, losses, (inputs, labels))

@@ -130,7 +130,7 @@ def problem() -> tuple[Any, np.ndarray]:
 
 
 def loss_fn(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
-    hidden = jnp.tanh(batch @ params["kernel"] + params["bias"])
+    hidden = jnp.tanh(batch @ params["kernel"] + params["bias"][None])
     return jnp.mean((hidden @ params["output"] - batch) ** 2, -1), (model_state, {})
 
 

@@ -60,7 +60,7 @@ def test_masked_restricts_a_momentum_method_to_its_own_parameters(name):
 
 
 def batch_loss(p: Any, batch: Any) -> jax.Array:
-    return jnp.mean(jnp.cos(batch @ p["kernel"] + p["bias"]) ** 2)
+    return jnp.mean(jnp.cos(batch @ p["kernel"] + p["bias"][None]) ** 2)
 
 
 def batches(steps: int, micro: int) -> np.ndarray:

@@ -411,7 +411,7 @@ class OwnNorm(nn.Module):
             running.append(found.value)
         steps.value += 1
         mean, var = running if self.renormalise else moments
-        return (x - mean) / jnp.sqrt(var + 1e-5)
+        return (x - mean[None]) / jnp.sqrt(var + 1e-5)[None]
 
 
 def own_norm(**kwargs):

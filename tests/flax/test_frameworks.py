@@ -87,11 +87,12 @@ class NNXNet(nnx.Module):
 def plain_loss(params, model_state, batch, key):
     """What the two classes above compute, in plain JAX."""
     x, y = batch
-    x = x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
+    x = x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None]
     mean, var = x.mean(0), x.var(0)
     norm, running = params["BatchNorm_0"], model_state["batch_stats"]["BatchNorm_0"]
-    x = (x - mean) / jnp.sqrt(var + 1e-5) * norm["scale"] + norm["bias"]
-    x = jnp.tanh(x) @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
+    x = (x - mean[None]) / jnp.sqrt(var + 1e-5)[None]
+    x = x * norm["scale"][None] + norm["bias"][None]
+    x = jnp.tanh(x) @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"][None]
     moved = {
         "mean": 0.9 * running["mean"] + 0.1 * mean,
         "var": 0.9 * running["var"] + 0.1 * var,
@@ -360,7 +361,8 @@ def test_equinox_equals_plain_jax(x64):
         return squared_error(jax.vmap(model)(batch[0]), batch)[0], (model_state, {})
 
     def by_hand(params, model_state, batch, key):
-        x = jnp.tanh(batch[0] @ params[0].T + params[1]) @ params[2].T + params[3]
+        first, bias, last, offset = params
+        x = jnp.tanh(batch[0] @ first.T + bias[None]) @ last.T + offset[None]
         return squared_error(x, batch)[0], (model_state, {})
 
     def after(loss_fn, params):

@@ -138,7 +138,7 @@ def adaptive_recursion(
 def gradients_of(norms: Any) -> Any:
     """Gradients of these norms; each is spread over both leaves."""
     norms = jnp.asarray(norms)
-    return {"a": norms[:, None] * jnp.array([0.48, 0.0, 0.64]), "b": 0.6 * norms}
+    return {"a": norms[:, None] * jnp.array([[0.48, 0.0, 0.64]]), "b": 0.6 * norms}
 
 
 noise = np.random.default_rng(0).lognormal(size=60)

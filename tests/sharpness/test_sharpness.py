@@ -48,7 +48,7 @@ def cross_entropy(logits: jax.Array, labels: Any) -> jax.Array:
 
 
 def mlp_loss(params: Any, batch: Any) -> jax.Array:
-    hidden = jnp.tanh(batch[0] @ params["hidden"] + params["bias"])
+    hidden = jnp.tanh(batch[0] @ params["hidden"] + params["bias"][None])
     return cross_entropy(hidden @ params["output"], batch[1])
 
 
@@ -60,7 +60,7 @@ def cnn_loss(params: Any, batch: Any) -> jax.Array:
         "SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    pooled = jnp.tanh(features + params["bias"]).mean((1, 2))
+    pooled = jnp.tanh(features + params["bias"][None, None, None]).mean((1, 2))
     return cross_entropy(pooled @ params["output"], batch[1])
 
 

@@ -26,7 +26,7 @@ WHOLE: Any = jax.tree.map(lambda *x: np.concatenate(x), *BATCHES)
 
 
 def outputs_fn(params, batch):
-    hidden = jnp.tanh(batch[0] @ params["hidden"] + params["bias"])
+    hidden = jnp.tanh(batch[0] @ params["hidden"] + params["bias"][None])
     return hidden @ params["output"]
 
 

@@ -25,7 +25,7 @@ DISPATCHED: dict[str, Callable[[], Any]] = {
 
 
 def loss_fn(p: Any, model_state: Any, batch: Any, key: Any) -> Any:
-    outputs = jnp.cos(batch @ p["kernel"] + p["bias"])
+    outputs = jnp.cos(batch @ p["kernel"] + p["bias"][None])
     return jnp.mean(outputs**2), (model_state + 1, {"outputs": outputs})
 
 
