@@ -308,8 +308,8 @@ def test_clothes_are_cropped_and_mirrored(clothes: runs.Problem) -> None:
     images = np.tile(image[..., None], (64, 1, 1, 1))
     train = (images, np.arange(64), images)
     batch, labels = clothes.gather(train, np.arange(64), jax.random.key(0))
-    padded = np.pad(image, 1, mode="edge")
-    crops = [padded[i : i + 5, j : j + 5] for i in range(3) for j in range(3)]
+    padded = np.pad(image, 2, mode="edge")
+    crops = [padded[i : i + 5, j : j + 5] for i in range(5) for j in range(5)]
     possible = {crop.tobytes() for c in crops for crop in (c, c[:, ::-1])}
     drawn = [np.asarray(b[..., 0], np.float64).tobytes() for b in batch]
     assert set(drawn) <= possible and len(set(drawn)) > 9

@@ -333,9 +333,9 @@ def test_gradients_and_scalars_all_reduced_in_a_step():
         "adamw_msam": 1,
         "sam": 2,
         "m-sharpness": 1,
-        # One for the metrics' norms and one for the loss or for a norm of the method;
-        # the tensors' shares of a norm travel together, or with their gradients.
-        "of scalars": {name: [2, 2] for name in ("msam", "adamw_msam", "sam")},
+        # One for the loss and the norms of the method and its metrics: the tensors'
+        # shares of a norm travel together, or with their gradients.
+        "of scalars": {name: [1, 1] for name in ("msam", "adamw_msam", "sam")},
     }
 
 
