@@ -69,7 +69,7 @@ def launch(
     }
     # Compiling takes nearly all of the time.
     common = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    port, deadline = free_port(), time.monotonic() + 240
+    port, deadline = free_port(), time.monotonic() + 600
     command = [sys.executable, "-W", "error", str(BENCHMARKS / script), *args]
     children = [
         subprocess.Popen(
