@@ -21,8 +21,8 @@ from pathlib import Path
 from benchmarks import arguments
 from benchmarks.reports import accelerators, report
 from benchmarks.tasks import data
-from benchmarks.tasks.pieces import FULL, KINDS, QUICK, OutOfTime, Teller, pieces
-from benchmarks.tasks.records import Record
+from benchmarks.tasks.pieces import FULL, KINDS, QUICK, Teller, pieces
+from benchmarks.tasks.records import OutOfTime, Record
 
 # Where `pack` keeps the commit of the code
 _COMMIT = "commit.txt"

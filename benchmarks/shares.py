@@ -43,7 +43,7 @@ def _trained(
         return runs.make_run(problem, build)(traced, inputs)[0]
 
     rows = []
-    traced = runs.Traced(*(np.float32(value or 0.0) for value in setting))
+    traced = runs.traced(setting)
     for seed in range(seeds):
         inputs = problem.inputs(seed, False)
         for shift in SHIFTS:

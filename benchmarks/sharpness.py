@@ -120,9 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return problem.evaluate(params, batch)[1]
 
     for name in args.methods:
-        run = jax.jit(runs.make_run(problem, optimizers.METHODS[name].build))
+        run = runs.compiled(problem, optimizers.METHODS[name].build)
         setting = tuned.get(name) or optimizers.untuned(name)
-        traced = runs.Traced(*(np.float32(value or 0.0) for value in setting))
+        traced = runs.traced(setting)
         for seed in range(_FIRST_SEED, _FIRST_SEED + args.seeds):
             if record.find({"method": name, "seed": seed}):
                 continue

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from rich.console import Console
 
 from benchmarks import arguments
@@ -29,7 +28,7 @@ from benchmarks.tasks import optimizers, policies, problems, runs
 from benchmarks.tasks.fashion import fashion
 from benchmarks.tasks.fine_tuning import fine_tuning
 from benchmarks.tasks.policies import SHARES
-from benchmarks.tasks.records import Record
+from benchmarks.tasks.records import OutOfTime, Record
 from benchmarks.tasks.search import (
     Found,
     Hyperparameters,
@@ -200,10 +199,6 @@ STUDIES = {
 _QUICK_PLAN = Plan(first=2, near=(1,), rungs=((1, 2),), moves=0)
 
 
-class OutOfTime(Exception):
-    """The minutes that were given are over."""
-
-
 class Runner:
     """Runs of a study's contenders, remembered in files.
 
@@ -254,7 +249,7 @@ class Runner:
         if (seed, validation) not in self._inputs:
             self._inputs[seed, validation] = self._problem.inputs(seed, validation)
         start = time.perf_counter()
-        traced = runs.Traced(*(np.float32(value or 0.0) for value in setting))
+        traced = runs.traced(setting)
         outcome, _ = self._compiled[name](traced, self._inputs[seed, validation])
         found = {key: float(value) for key, value in outcome._asdict().items()}
         return {**found, "seconds": round(time.perf_counter() - start, 2)}

@@ -21,7 +21,7 @@ from benchmarks.reports import report
 from benchmarks.reports.progress import progress
 from benchmarks.tasks import optimizers, training
 from benchmarks.tasks.search import Hyperparameters
-from msam_optax.plotting import Estimates
+from msam_optax.plotting import Estimates, plot_estimates
 
 # What minutes on two cores show, as the study of the digits tuned it, and what an
 # accelerator is for.
@@ -214,6 +214,25 @@ def panels(
     return figure, figure.subplots(
         rows, columns, squeeze=False, sharey="row" if alike else "none"
     )
+
+
+def accuracies(
+    rows: Sequence[Mapping[str, Any]], along: str, xlabel: str, *, log_x: bool = False
+) -> Figure:
+    """Each method's test beside its training accuracy, against the column `along`."""
+    figure, (axes,) = panels(1, 2)
+    for ax, part, labels in zip(
+        axes, ("test", "train"), ("test", "given training labels"), strict=True
+    ):
+        plot_estimates(
+            curves(rows, "method", along, f"{part}_accuracy", scale=100),
+            xlabel=xlabel,
+            ylabel=f"accuracy, {labels} (%)",
+            log_x=log_x,
+            bars=True,
+            ax=ax,
+        )
+    return figure
 
 
 def zoom(ax: Axes, level: float, below: float = 5.0) -> None:

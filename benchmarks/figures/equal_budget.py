@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 
 from benchmarks.figures import common
 from benchmarks.reports.progress import progress
-from msam_optax.plotting import plot_estimates
 
 # Gradients a step.
 COSTS = {"sgd": 1, "msam": 1, "sam": 2}
@@ -55,18 +54,7 @@ def compute(study: common.Study) -> list[dict[str, Any]]:
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Test beside training accuracy over the budget."""
-    figure, (axes,) = common.panels(1, 2)
-    for ax, part, labels in zip(
-        axes, ("test", "train"), ("test", "given training labels"), strict=True
-    ):
-        plot_estimates(
-            common.curves(rows, "method", "gradients", f"{part}_accuracy", scale=100),
-            xlabel="gradients of a batch",
-            ylabel=f"accuracy, {labels} (%)",
-            bars=True,
-            ax=ax,
-        )
-    return figure
+    return common.accuracies(rows, "gradients", "gradients of a batch")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

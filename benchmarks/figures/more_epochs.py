@@ -16,13 +16,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from matplotlib.figure import Figure
 
 from benchmarks.figures import chosen, common
 from benchmarks.reports.progress import progress
 from benchmarks.tasks import optimizers, runs
-from msam_optax.plotting import plot_estimates
 
 METHODS = ("sgd", "msam", "sam")
 # Of the number that was tuned for
@@ -36,7 +34,7 @@ def compute(study: common.Study) -> list[dict[str, Any]]:
         for method, share in itertools.product(METHODS, SHARES):
             epochs = max(round(share * study.args.epochs), 1)
             problem = chosen.problem_of(study, epochs)
-            run = jax.jit(runs.make_run(problem, optimizers.METHODS[method].build))
+            run = runs.compiled(problem, optimizers.METHODS[method].build)
             setting = study.setting(method)
             for seed in study.seeds:
                 bar.describe(f"{method}, {epochs} epochs, seed {seed + 1}")
@@ -57,19 +55,7 @@ def compute(study: common.Study) -> list[dict[str, Any]]:
 
 def draw(rows: Sequence[dict[str, Any]]) -> Figure:
     """Test beside training accuracy."""
-    figure, (axes,) = common.panels(1, 2)
-    for ax, part, labels in zip(
-        axes, ("test", "train"), ("test", "given training labels"), strict=True
-    ):
-        plot_estimates(
-            common.curves(rows, "method", "epochs", f"{part}_accuracy", 100.0),
-            xlabel="epochs",
-            ylabel=f"accuracy, {labels} (%)",
-            log_x=True,
-            bars=True,
-            ax=ax,
-        )
-    return figure
+    return common.accuracies(rows, "epochs", "epochs", log_x=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

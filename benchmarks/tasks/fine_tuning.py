@@ -26,7 +26,7 @@ _BATCH = 50
 def _start(number: int, epochs: int) -> Any:
     """A network trained on MNIST's digits; 95% of its test part, without tuning."""
     problem = problems.digits(epochs, label_noise=0.0)
-    run = jax.jit(runs.make_run(problem, optimizers.sgd))
+    run = runs.compiled(problem, optimizers.sgd)
     setting = runs.Traced(*map(np.float32, (0.03, 0.0, 1e-3)))
     _, params = run(setting, problem.inputs(1000 + number, False))
     return jax.tree.map(np.asarray, params)

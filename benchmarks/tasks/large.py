@@ -107,7 +107,7 @@ class Runner:
           stops: how often; it divides the number of steps.
         """
         total = len(inputs.order)
-        values = runs.Traced(*(np.float32(value or 0.0) for value in setting))
+        values = runs.traced(setting)
         inputs = jax.device_put(inputs)
         # One length: another is another program.
         each = total // stops

@@ -12,6 +12,7 @@ from benchmarks import step_cost
 from benchmarks.costs import growth, networks
 from benchmarks.reports import tables
 from benchmarks.tasks import data, large, models, optimizers, training, workloads
+from benchmarks.tasks.records import OutOfTime
 from benchmarks.tasks.search import Hyperparameters
 
 Row = dict[str, Any]
@@ -24,10 +25,6 @@ _STOPS = 10
 
 # Between two lines of what a piece is at
 _SECONDS = 15
-
-
-class OutOfTime(Exception):
-    """A piece would not end in time."""
 
 
 class Teller:

@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 
+class OutOfTime(Exception):
+    """The minutes that were given do not suffice; the same command goes on."""
+
+
 class Record:
     """Rows of a file, found again by some of their columns.
 

@@ -11,11 +11,12 @@ a problem with convolutions is trained by those, with the same hyper-parameters 
 arguments of the compiled step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import msam_optax
@@ -87,6 +88,11 @@ class Traced(NamedTuple):
 
 
 Run = Callable[[Traced, Inputs], tuple[Outcome, Any]]
+
+
+def traced(setting: Iterable[float | None]) -> Traced:
+    """What a search found, for a run; 0 for a hyper-parameter that a method lacks."""
+    return Traced(*(np.float32(value or 0.0) for value in setting))
 
 
 def compiled(problem: Problem, build: optimizers.Build) -> Run:
