@@ -1,5 +1,6 @@
 """What a step of a method costs to compile, to start and to hold, untrained."""
 
+import gc
 import time
 from typing import Any
 
@@ -18,8 +19,9 @@ _STEPS = 1000
 def compiled(name: str, network: Network) -> tuple[Program, Any]:
     """The whole training step, one program, whose state is written over."""
     optimizer = METHODS[name].build(_STEPS)
-    # All that was traced for another method would be found again.
+    # What was traced for another method would be found again, or be collected meanwhile.
     jax.clear_caches()
+    gc.collect()
     step = msam_optax.make_train_step(network.loss_fn, optimizer, dispatch="in_graph")
     begin = time.process_time()
     lowered = step.lower(network.state(optimizer), network.batch, KEY).programs["step"]

@@ -7,7 +7,6 @@ numbers are those of one draw after the other, each with its key of the split.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,20 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def coins_like(tree: Any, key: jax.Array, probability: Any) -> Any:
-    """For each leaf 1 with a probability, else 0: float32 scalars."""
+def coins_like(tree: Any, key: jax.Array, step: jax.Array, probability: Any) -> Any:
+    """For each leaf 1 with a probability, else 0: float32 scalars.
+
+    Args:
+      tree: whose leaves count.
+      key: of all draws.
+      step: int32 scalar, at least 0.
+      probability: of 1.
+    """
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
-    coins = jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
-    # The root and the sums are where fusions end, see `_base.numerics`.
-    coins = jnp.sqrt(coins.astype(jnp.float32))
-    each = [_entry(coins, place) for place in np.arange(len(leaves))]
-    return jax.tree.unflatten(treedef, each)
 
+    def draw_all() -> list[jax.Array]:
+        coins = jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
+        return [*coins.astype(jnp.float32)]
 
-@partial(jax.jit, inline=True)
-def _entry(vector: jax.Array, place: Any) -> jax.Array:
-    return jnp.sum(vector, where=jnp.arange(len(vector)) == place)
+    return jax.tree.unflatten(treedef, _apart(draw_all, step))
 
 
 def draws_like(
@@ -62,12 +64,18 @@ def draws_like(
                 draws[place] = one
         return draws
 
+    return jax.tree.unflatten(treedef, _apart(draw_all, step))
+
+
+def _apart(draw_all: Callable[[], list[jax.Array]], step: jax.Array) -> list[jax.Array]:
+    """What is drawn, in a computation of its own."""
+
     def nothing() -> list[jax.Array]:
         shapes = jax.eval_shape(draw_all)
         return [jnp.zeros(x.shape, x.dtype) for x in shapes]
 
     # Always the first, which XLA does not know: it fuses nothing into a branch.
-    return jax.tree.unflatten(treedef, jax.lax.cond(step >= 0, draw_all, nothing))
+    return jax.lax.cond(step >= 0, draw_all, nothing)
 
 
 def wide_normal(key: jax.Array, like: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Ascents with a random part."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -96,12 +97,10 @@ def stochastic(
             factor = safe_divide(rho, global_norm(chosen)) / beta
             return optax.tree.cast_like(scale(factor, chosen), direction)
         # A tensor's factor leaves it out, without a pass over it of its own.
-        coins = coins_like(direction, key, beta)
-        squares = jax.tree.map(
-            lambda coin, g: jnp.where(coin > 0, sum_of_squares(g), 0), coins, direction
-        )
+        coins = coins_like(direction, key, step, beta)
+        squares = jax.tree.map(_square_if, coins, direction)
         factor = safe_divide(rho, safe_sqrt(optax.tree.sum(squares))) / beta
-        return jax.tree.map(lambda coin, g: scale(coin * factor, g), coins, direction)
+        return jax.tree.map(partial(_scaled_by_both, factor), coins, direction)
 
     return _random_ascent(rho, seed, perturb)
 
@@ -195,6 +194,16 @@ def gaussian(
         return jax.tree.map(tensor, layouts(axes, params), noise, params, direction)
 
     return _random_ascent(rho, seed, perturb)
+
+
+@partial(jax.jit, inline=True)
+def _square_if(coin: jax.Array, g: jax.Array) -> jax.Array:
+    return jnp.where(coin > 0, sum_of_squares(g), 0)
+
+
+@partial(jax.jit, inline=True)
+def _scaled_by_both(factor: jax.Array, coin: jax.Array, g: jax.Array) -> jax.Array:
+    return scale(coin * factor, g)
 
 
 def _random_ascent(

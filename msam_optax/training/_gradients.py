@@ -55,16 +55,20 @@ class Gradients:
         """What an optimizer may ask for, once the clean gradient is there."""
         key = used_again(key)
 
-        def value_and_grad_fn(params: optax.Params) -> tuple[jax.Array, optax.Updates]:
-            (loss, _), gradient = self._value_and_grad(
+        def whole_pass(params: optax.Params) -> Any:
+            return self._value_and_grad(
                 params, state.model_state, state.loss_scale, batch, used_again(key)
             )
+
+        def value_and_grad_fn(params: optax.Params) -> tuple[jax.Array, optax.Updates]:
+            (loss, _), gradient = whole_pass(params)
             return loss, gradient
 
         def per_example_loss_fn(params: optax.Params, indices: Any = None) -> Any:
-            samples = batch
-            if indices is not None:
-                samples = jax.tree.map(lambda x: x[indices], batch)
+            if indices is None:
+                # XLA drops the gradient; a pass of the losses alone is traced anew.
+                return whole_pass(params)[0][1][0]
+            samples = jax.tree.map(lambda x: x[indices], batch)
             losses = self._losses(state.loss_scale)
             return losses(params, state.model_state, samples, used_again(key))[0]
 
