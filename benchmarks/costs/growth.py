@@ -19,7 +19,7 @@ _STEPS = 1000
 def compiled(name: str, network: Network) -> tuple[Program, Any]:
     """The whole training step, one program, whose state is written over."""
     optimizer = METHODS[name].build(_STEPS)
-    # What was traced for another method would be found again, or be collected meanwhile.
+    # What was traced for another method would be found again, or collected meanwhile.
     jax.clear_caches()
     gc.collect()
     step = msam_optax.make_train_step(network.loss_fn, optimizer, dispatch="in_graph")

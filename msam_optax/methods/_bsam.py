@@ -19,15 +19,10 @@ from msam_optax._base.hyperparams import (
 )
 from msam_optax._base.trees import check_init, check_params, check_state
 from msam_optax.ascents._draws import draws_like, wide_normal
-from msam_optax.ascents._make import perturbation
-from msam_optax.transforms._second_gradient import (
-    TAKEN_AT,
-    for_the_ascent,
-    second_gradient,
-)
+from msam_optax.transforms._second_gradient import TAKEN_AT, second_gradient
 from msam_optax.transforms._sharpness_aware import (
     SharpnessAwareState,
-    ascended_state,
+    ascend,
     initial_state,
     loss_rise,
 )
@@ -173,16 +168,11 @@ def bsam(
             state.precision,
         )
         _, at_drawn = loss_and_gradient(drawn)
-        epsilon, ascent_state = perturbation(
-            ascent,
-            jax.tree.map(
-                lambda g, s: (g / s).astype(g.dtype), at_drawn, state.precision
-            ),
-            state.sharpness_aware_state.ascent_state,
-            params,
-            **for_the_ascent(extra_args),
+        direction = jax.tree.map(
+            lambda g, s: (g / s).astype(g.dtype), at_drawn, state.precision
         )
-        ascended = optax.apply_updates(params, epsilon)
+        before = state.sharpness_aware_state
+        ascended, state_after = ascend(ascent, direction, before, params, extra_args)
         loss, perturbed = loss_and_gradient(ascended)
         momentum = jax.tree.map(
             lambda m, g, w: (b1 * m + (1 - b1) * (g + weight_decay * w)).astype(
@@ -202,9 +192,8 @@ def bsam(
         new_updates = jax.tree.map(
             lambda m, s: (-eta * m / s).astype(m.dtype), momentum, precision
         )
-        rise = loss_rise(loss, extra_args, state.sharpness_aware_state)
         return new_updates, BsamState(
-            ascended_state(ascent_state, params, ascended, rise),
+            state_after(loss_rise(loss, extra_args, before)),
             momentum,
             precision,
             optax.safe_increment(step),

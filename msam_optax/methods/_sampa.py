@@ -16,16 +16,11 @@ from msam_optax._base.hyperparams import (
 )
 from msam_optax._base.numerics import add_scaled, global_norm
 from msam_optax._base.trees import check_params, check_state
-from msam_optax.ascents._make import perturbation
 from msam_optax.combine import interpolate
-from msam_optax.transforms._second_gradient import (
-    TAKEN_AT,
-    for_the_ascent,
-    second_gradient,
-)
+from msam_optax.transforms._second_gradient import TAKEN_AT, second_gradient
 from msam_optax.transforms._sharpness_aware import (
     SharpnessAwareState,
-    ascended_state,
+    ascend,
     chained,
     initial_state,
     loss_rise,
@@ -124,17 +119,13 @@ def sampa(
         check_state(state, SampaState)
         check_params(TAKEN_AT, params)
         loss_and_gradient = second_gradient(updates, params, extra_args)
-        epsilon, ascent_state = perturbation(
-            ascent,
-            state.auxiliary,
-            state.sharpness_aware_state.ascent_state,
-            params,
-            **for_the_ascent(extra_args),
+        before = state.sharpness_aware_state
+        ascended, state_after = ascend(
+            ascent, state.auxiliary, before, params, extra_args
         )
         eta, learning_rate_state = read_schedule(
             learning_rate, state.learning_rate_state, extra_args
         )
-        ascended = optax.apply_updates(params, epsilon)
         ahead = add_scaled(params, -eta, state.auxiliary)
         both = jax.tree.map(lambda *pair: place(jnp.stack(pair)), ascended, ahead)
         losses, gradients = jax.vmap(loss_and_gradient, axis_size=2)(both)
@@ -149,9 +140,8 @@ def sampa(
             state.auxiliary,
         )
         loss = None if losses is None else losses[0]
-        rise = loss_rise(loss, extra_args, state.sharpness_aware_state)
         return combine(auxiliary, perturbed), SampaState(
-            ascended_state(ascent_state, params, ascended, rise),
+            state_after(loss_rise(loss, extra_args, before)),
             kept,
             learning_rate_state,
         )

@@ -9,16 +9,14 @@ import optax
 
 from msam_optax._base.hyperparams import check_real, check_transformation, static_value
 from msam_optax._base.trees import check_params, check_state
-from msam_optax.ascents._make import perturbation
 from msam_optax.transforms._second_gradient import (
     TAKEN_AT,
     check_clean,
-    for_the_ascent,
     whole_params,
 )
 from msam_optax.transforms._sharpness_aware import (
     SharpnessAwareState,
-    ascended_state,
+    ascend,
     initial_state,
 )
 
@@ -83,10 +81,7 @@ def selected_gradient(
         check_clean(updates, extra_args)
         whole = whole_params(params, extra_args)
         count = _number_to_keep(per_example_losses, per_example_loss_fn, gamma)
-        epsilon, ascent_state = perturbation(
-            ascent, updates, state.ascent_state, params, **for_the_ascent(extra_args)
-        )
-        ascended = optax.apply_updates(params, epsilon)
+        ascended, state_after = ascend(ascent, updates, state, params, extra_args)
         size = per_example_losses.shape[0]
 
         def losses(params: Any, indices: Any, expected: Any) -> Any:
@@ -102,7 +97,7 @@ def selected_gradient(
         rise = losses(ascended, None, size) - per_example_losses
         _, indices = jax.lax.top_k(rise, count)
         gradient = jax.grad(lambda p: jnp.mean(losses(p, indices, count)))(ascended)
-        return gradient, ascended_state(ascent_state, params, ascended, jnp.mean(rise))
+        return gradient, state_after(jnp.mean(rise))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

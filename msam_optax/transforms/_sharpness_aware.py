@@ -1,5 +1,6 @@
 """Replaces the gradient at w by the gradient at a perturbed point w + epsilon."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -111,22 +112,19 @@ def sharpness_aware_gradient(
         check_state(state, SharpnessAwareState)
         check_params(TAKEN_AT, params)
         loss_and_gradient = second_gradient(updates, params, extra_args)
-        others = for_the_ascent(extra_args)
-
-        def ascend(clean: Any, params: Any) -> Any:
-            return perturbation(ascent, clean, state.ascent_state, params, **others)
-
-        epsilon, ascent_state = ascend(updates, params)
-        ascended = optax.apply_updates(params, epsilon)
+        ascended, state_after = ascend(ascent, updates, state, params, extra_args)
         loss, perturbed = loss_and_gradient(ascended)
         if second_order:
+
+            def ascended_from(w: Any) -> Any:
+                clean = loss_and_gradient(w)[1]
+                return ascend(ascent, clean, state, w, extra_args)[0]
+
             # d/dw L(w + epsilon(w)) = (I + d epsilon/dw)^T grad L(w + epsilon)
-            _, vjp = jax.vjp(lambda w: ascend(loss_and_gradient(w)[1], w)[0], params)
-            (through_epsilon,) = vjp(perturbed)
-            perturbed = optax.tree.add(perturbed, through_epsilon)
+            _, vjp = jax.vjp(ascended_from, params)
+            (perturbed,) = vjp(perturbed)
         gradient = perturbed if combine is None else combine(updates, perturbed)
-        rise = loss_rise(loss, extra_args, state)
-        return gradient, ascended_state(ascent_state, params, ascended, rise)
+        return gradient, state_after(loss_rise(loss, extra_args, state))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -169,21 +167,30 @@ def loss_rise(loss: Any, extra_args: dict[str, Any], state: SharpnessAwareState)
     return loss - clean_loss
 
 
-def ascended_state(
-    ascent_state: optax.OptState,
+def ascend(
+    ascent: optax.GradientTransformation,
+    direction: optax.Updates,
+    state: SharpnessAwareState,
     params: optax.Params,
-    ascended: optax.Params,
-    rise: Any,
-) -> SharpnessAwareState:
-    """The state after an ascent from params to where the gradient was taken.
+    extra_args: dict[str, Any],
+) -> tuple[optax.Params, Callable[[Any], SharpnessAwareState]]:
+    """The point to which the ascent leads from params.
 
-    ``rise`` is that of the loss.
-
-    The norm is that of the difference: both are there anyway, while of epsilon itself
-    XLA would keep a copy, and another of its square.
+    Returns:
+      It, and ``state_after(rise)``, the state once it is known how far the loss rose.
     """
-    dtype = statistics_dtype(params)
-    norm = global_norm(optax.tree.sub(ascended, params))
-    return SharpnessAwareState(
-        ascent_state, norm.astype(dtype), jnp.asarray(rise, dtype)
+    epsilon, ascent_state = perturbation(
+        ascent, direction, state.ascent_state, params, **for_the_ascent(extra_args)
     )
+    ascended = optax.apply_updates(params, epsilon)
+
+    def state_after(rise: Any) -> SharpnessAwareState:
+        dtype = statistics_dtype(params)
+        # Both are there anyway, while of epsilon itself XLA would keep a copy, and
+        # another of its square.
+        norm = global_norm(optax.tree.sub(ascended, params))
+        return SharpnessAwareState(
+            ascent_state, norm.astype(dtype), jnp.asarray(rise, dtype)
+        )
+
+    return ascended, state_after
