@@ -1,16 +1,19 @@
-"""MSAM's best radius against learning rate and momentum, and what ports of it cost.
+"""MSAM's best radius against rate, momentum, batch and width, and what ports cost.
 
-On the validation split of `tune.py`'s digits, with MSAM's weight decay of there. The
-ports that differ from the authors' code have the sign reversed, or take one norm for
-each tensor.
+On the validation split of two of `tune.py`'s studies, with MSAM's weight decay of
+there. Variants that may need less of a search: rho relative to the weights' norm, a
+multiple of the last update, and one norm for each tensor, as some ports have it; others
+have the sign reversed.
 
     python benchmarks/radius.py
+    python benchmarks/radius.py --tasks digits --seeds 3
 
 A run is written down when it ends; the same command goes on.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,28 +26,64 @@ import msam_optax
 from benchmarks import arguments
 from benchmarks.reports import report, studies
 from benchmarks.tasks import optimizers, problems, runs
+from benchmarks.tasks.fashion import fashion
 from benchmarks.tasks.records import Record
 from msam_optax import ascents
 
-RHOS = (0.1, 0.2, 0.5, 1.0, 2.0)
-RATES = (0.003, 0.01, 0.03, 0.1)
-MOMENTUMS = (0.8, 0.9, 0.95)
+MOMENTUMS = (0.8, 0.95)
 
 
-class Point(NamedTuple):
-    """What is trained.
+class Task(NamedTuple):
+    """What is trained on, by the name of a study.
 
     Attributes:
-      variant: key of `VARIANTS`.
-      learning_rate: at the first step.
-      momentum: mu.
-      rho: radius.
+      problem: makes it, given ``batch_size`` and ``width``.
+      quick: what else it is made with in a quick run.
+      rates: learning rates.
+      batches: batch sizes; the first is that of the study.
+      widths: likewise, of the network.
     """
 
-    variant: str
-    learning_rate: float
-    momentum: float
-    rho: float
+    problem: Callable[..., runs.Problem]
+    quick: Mapping[str, Any]
+    rates: Sequence[float]
+    batches: Sequence[int]
+    widths: Sequence[int]
+
+
+def _fashion(batch_size: int, seen: int = 128_000, **options: Any) -> runs.Problem:
+    """With as many images seen, whatever the batch."""
+    return fashion(0.2, steps=seen // batch_size, batch_size=batch_size, **options)
+
+
+TASKS = {
+    "digits": Task(
+        problems.digits,
+        {"epochs": 1, "dataset": "digits"},
+        (0.003, 0.01, 0.03, 0.1),
+        (128, 32, 512),
+        (256, 64, 512),
+    ),
+    "fashion-20": Task(
+        _fashion,
+        {"images": 256, "seen": 256, "validating": 100, "dataset": "digits"},
+        (0.01, 0.03, 0.1, 0.3),
+        (64, 16, 256),
+        (16, 8, 32),
+    ),
+}
+
+
+class Variant(NamedTuple):
+    """A way to perturb along the momentum.
+
+    Attributes:
+      wrap: ``wrap(base, rho) -> optimizer``.
+      rhos: what is tried, in the variant's own unit.
+    """
+
+    wrap: Callable[[optax.GradientTransformation, Any], optax.GradientTransformation]
+    rhos: Sequence[float]
 
 
 def _tensorwise(rho: Any, direction: Any, params: Any) -> Any:
@@ -55,73 +94,122 @@ def _tensorwise(rho: Any, direction: Any, params: Any) -> Any:
     )
 
 
-VARIANTS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
-    "msam": lambda base, rho: msam_optax.momentum_perturbation(base, rho),
-    "sign reversed": lambda base, rho: msam_optax.momentum_perturbation(base, -rho),
-    "norm of each tensor": lambda base, rho: msam_optax.momentum_perturbation(
-        base, ascent=ascents.make(rho, _tensorwise)
+def _relative(rho: Any, direction: Any, params: Any) -> Any:
+    size = optax.tree.norm(params) / optax.tree.norm(direction)
+    return optax.tree.scale(jnp.nan_to_num(rho * size, posinf=0.0), direction)
+
+
+def _ascending(perturb: Any) -> Callable[..., optax.GradientTransformation]:
+    return lambda base, rho: msam_optax.momentum_perturbation(
+        base, ascent=ascents.make(rho, perturb)
+    )
+
+
+VARIANTS = {
+    "msam": Variant(msam_optax.momentum_perturbation, (0.1, 0.2, 0.5, 1.0, 2.0)),
+    "relative to the weights": Variant(
+        _ascending(_relative), (0.01, 0.02, 0.05, 0.1, 0.2)
+    ),
+    "multiple of the last update": Variant(
+        lambda base, rho: msam_optax.momentum_perturbation(
+            base, along="update", ascent=ascents.unnormalized(rho)
+        ),
+        (1.0, 3.0, 10.0, 30.0, 100.0),
+    ),
+    "norm of each tensor": Variant(_ascending(_tensorwise), (0.05, 0.1, 0.2, 0.5, 1.0)),
+    "sign reversed": Variant(
+        lambda base, rho: msam_optax.momentum_perturbation(base, -rho),
+        (0.05, 0.1, 0.2, 0.5, 1.0),
     ),
 }
 
 
-def points(learning_rate: float) -> list[Point]:
-    """What is trained, around MSAM's learning rate."""
-    found = [Point("msam", rate, 0.9, rho) for rate in RATES for rho in RHOS]
-    # At the same size of a step, learning_rate / (1 - momentum).
-    found += [
-        Point("msam", round(learning_rate * (1 - mu) / 0.1, 6), mu, rho)
-        for mu in MOMENTUMS
-        for rho in RHOS
-    ]
-    found += [
-        Point(variant, learning_rate, 0.9, rho)
-        for variant in ("sign reversed", "norm of each tensor")
-        for rho in (0.05, *RHOS[:4])
-    ]
-    return list(dict.fromkeys(found))
+class Point(NamedTuple):
+    """What is trained.
+
+    Attributes:
+      task: key of `TASKS`.
+      variant: key of `VARIANTS`.
+      axis: what differs from the study's own setting.
+      learning_rate: at the first step.
+      momentum: mu.
+      batch_size: examples a step.
+      width: of the network.
+      rho: in the variant's unit.
+    """
+
+    task: str
+    variant: str
+    axis: str
+    learning_rate: float
+    momentum: float
+    batch_size: int
+    width: int
+    rho: float
 
 
-def _trainer(
-    problem: runs.Problem, variant: str, weight_decay: float
-) -> Callable[..., tuple[runs.Outcome, Any]]:
-    @jax.jit
-    def run(point, inputs):
-        rate, momentum, rho = point
+def points(name: str, learning_rate: float) -> Iterator[Point]:
+    """What is trained on a task, around MSAM's learning rate there."""
+    task = TASKS[name]
+    sizes = task.batches[0], task.widths[0]
 
-        def build(setting: optimizers.Setting) -> optax.GradientTransformation:
-            base = optax.sgd(setting.schedule, momentum)
-            decay = optax.add_decayed_weights(setting.weight_decay)
-            return optax.chain(decay, VARIANTS[variant](base, setting.rho))
+    def over_rho(
+        variant: str, axis: str, rate: float, mu: float, batch: int, width: int
+    ) -> Iterator[Point]:
+        for rho in VARIANTS[variant].rhos:
+            yield Point(name, variant, axis, rate, mu, batch, width, rho)
 
-        traced = runs.Traced(rate, rho, weight_decay)
-        outcome, params = runs.make_run(problem, build)(traced, inputs)
-        return outcome, optax.tree.norm(params)
+    for rate in task.rates:
+        yield from over_rho("msam", "learning rate", rate, 0.9, *sizes)
+    for mu in MOMENTUMS:
+        # At the same size of a step, learning_rate / (1 - momentum)
+        rate = round(learning_rate * (1 - mu) / 0.1, 6)
+        yield from over_rho("msam", "momentum", rate, mu, *sizes)
+    for batch in task.batches[1:]:
+        yield from over_rho("msam", "batch", learning_rate, 0.9, batch, sizes[1])
+    for width in task.widths[1:]:
+        yield from over_rho("msam", "width", learning_rate, 0.9, sizes[0], width)
+    for variant in ("relative to the weights", "multiple of the last update"):
+        for rate in task.rates:
+            yield from over_rho(variant, "learning rate", rate, 0.9, *sizes)
+    yield from over_rho("norm of each tensor", "", learning_rate, 0.9, *sizes)
+    yield from over_rho("sign reversed", "", learning_rate, 0.9, *sizes)
 
-    return run
+
+def _build(
+    variant: str, momentum: float, setting: optimizers.Setting
+) -> optax.GradientTransformation:
+    base = optax.sgd(setting.schedule, momentum)
+    decay = optax.add_decayed_weights(setting.weight_decay)
+    return optax.chain(decay, VARIANTS[variant].wrap(base, setting.rho))
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    groups: dict[tuple[str, float, float], dict[float, list[float]]] = {}
+    """A row a setting: the best rho, by how much, and the neighbours' loss of it."""
+    groups: dict[tuple[Any, ...], dict[float, list[Mapping[str, Any]]]] = {}
     for row in rows:
-        key = row["variant"], row["learning_rate"], row["momentum"]
-        accuracies = groups.setdefault(key, {}).setdefault(row["rho"], [])
-        accuracies.append(100 * (row["accuracy"] or 0.0))
-    rhos = sorted({row["rho"] for row in rows})
-    head = " | ".join(f"{rho:g}" for rho in rhos)
+        key = tuple(row[name] for name in Point._fields[:-1])
+        groups.setdefault(key, {}).setdefault(row["rho"], []).append(row)
+    columns = ["task", "variant", "learning rate", "momentum", "batch", "width"]
     lines = [
-        f"| variant | learning rate | momentum | {head} |",
-        "|---" * (3 + len(rhos)) + "|",
+        f"| {' | '.join(columns)} | best rho | accuracy | over its weights' norm | "
+        "accuracy at each rho tried |",
+        "|---" * (len(columns) + 4) + "|",
     ]
-    for (variant, rate, momentum), own in groups.items():
-        means = {rho: float(np.mean(values)) for rho, values in own.items()}
+    for (task, variant, _, *numbers), own in groups.items():
+        means = {
+            rho: 100 * float(np.mean([row["accuracy"] or 0.0 for row in seeds]))
+            for rho, seeds in sorted(own.items())
+        }
         best = max(means, key=lambda rho: means[rho])
-        cells = [
-            ""
-            if rho not in means
-            else f"{'**' * (rho == best)}{means[rho]:.1f}{'**' * (rho == best)}"
-            for rho in rhos
-        ]
-        lines.append(f"| {variant} | {rate:g} | {momentum:g} | {' | '.join(cells)} |")
+        norm = float(np.mean([row["weights_norm"] for row in own[best]]))
+        relative = f"{best / norm:.3f}" if variant == "msam" else ""
+        edge = " (edge)" if best in (min(means), max(means)) else ""
+        each = ", ".join(f"{rho:g}: {mean:.1f}" for rho, mean in means.items())
+        lines.append(
+            f"| {task} | {variant} | {' | '.join(f'{n:g}' for n in numbers)} | "
+            f"{best:g}{edge} | {means[best]:.1f} | {relative} | {each} |"
+        )
     return lines
 
 
@@ -129,45 +217,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains, and writes rows and table; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     parser = arguments.Parser((__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS])
     parser.add_argument("--seeds", type=arguments.positive_integer, default=2)
     parser.add_argument(
-        "--quick", action="store_true", help="one epoch on small digits: a minute"
+        "--quick", action="store_true", help="a few steps on small digits: minutes"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/studies/radius"))
     args = parser.parse_args(argv)
-    quick: dict[str, Any] = {"epochs": 1, "dataset": "digits"} if args.quick else {}
-    problem = problems.digits(**quick)
-    tuned, _ = optimizers.load_studied("mnist5k", "mlp")
-    base = tuned.get("msam") or optimizers.untuned("msam")
     provenance = report.provenance("radius.py", argv)
     record = Record(args.out / "validation.jsonl", (*Point._fields, "seed"))
-    trainers: dict[str, Callable[..., Any]] = {}
-    for point in points(base.learning_rate):
-        if point.variant not in trainers:
-            trainers[point.variant] = _trainer(
-                problem, point.variant, base.weight_decay
-            )
-        for seed in range(args.seeds):
-            columns = {**point._asdict(), "seed": seed}
-            if record.find(columns):
-                continue
-            outcome, norm = trainers[point.variant](
-                tuple(np.float32(value) for value in point[1:]),
-                problem.inputs(seed, True),
-            )
-            found = {key: float(value) for key, value in outcome._asdict().items()}
-            commit = provenance["commit"]
-            record.append(
-                {**columns, **found, "weights_norm": float(norm), "commit": commit}
-            )
+    for seed in range(args.seeds):
+        for name in args.tasks:
+            _measure(name, seed, args.quick, record, provenance["commit"])
     lines = [
         *_table(record.rows),
         "",
-        f"Validation accuracy in percent by rho, mean of {args.seeds} seeds, the best "
-        f"in bold; weight decay {base.weight_decay:g}.",
+        f"Validation accuracy in percent, mean of {args.seeds} seeds, at MSAM's weight "
+        "decay of the study. Rho is in each variant's own unit. (edge): of what was "
+        "tried.",
     ]
     studies.publish(args.out / "table.md", lines, provenance)
     return 0
+
+
+def _measure(name: str, seed: int, quick: bool, record: Record, commit: str) -> None:
+    """Trains a task's points that are not in the record yet."""
+    task = TASKS[name]
+    tuned = optimizers.chosen_by(name).get("msam") or optimizers.untuned("msam")
+
+    @cache
+    def problem(batch_size: int, width: int) -> runs.Problem:
+        options = task.quick if quick else {}
+        return task.problem(batch_size=batch_size, width=width, **options)
+
+    @cache
+    def inputs(batch_size: int, width: int) -> runs.Inputs:
+        return problem(batch_size, width).inputs(seed, True)
+
+    @cache
+    def run(variant: str, momentum: float, *sizes: int) -> runs.Run:
+        return runs.compiled(problem(*sizes), partial(_build, variant, momentum))
+
+    for point in points(name, tuned.learning_rate):
+        columns = {**point._asdict(), "seed": seed}
+        if record.find(columns):
+            continue
+        sizes = point.batch_size, point.width
+        setting = point.learning_rate, point.rho, tuned.weight_decay
+        outcome, params = run(point.variant, point.momentum, *sizes)(
+            runs.traced(setting), inputs(*sizes)
+        )
+        found = {key: float(value) for key, value in outcome._asdict().items()}
+        norm = float(optax.tree.norm(params))
+        print(*columns.values(), f"{found['accuracy']:.3f}", flush=True)
+        record.append({**columns, **found, "weights_norm": norm, "commit": commit})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from benchmarks.tasks import data, problems, runs
 from benchmarks.tasks.augmentation import crop_and_flip
 from benchmarks.tasks.losses import cross_entropy
 
-_BATCH = 64
 _PAD = 1
 # Evaluated at once; divides all parts.
 _CHUNK = 500
@@ -59,10 +58,12 @@ def fashion(
     steps: int = 2000,
     validating: int = 2000,
     dataset: str = "fashion_mnist",
+    batch_size: int = 64,
+    width: int = 16,
 ) -> runs.Problem:
     """The problem; what validates is of the training part, too, and not trained on."""
     loaded = data.load(dataset)
-    model = SmallResNet(loaded.num_classes)
+    model = SmallResNet(loaded.num_classes, (width, 2 * width))
 
     def inputs(seed: int, validation: bool) -> runs.Inputs:
         chosen, others = train_test_split(
@@ -84,7 +85,7 @@ def fashion(
         rng = np.random.default_rng([seed, 1])
         order: list[np.ndarray] = []
         while len(order) < steps:
-            order.extend(data.batches(images, _BATCH, rng))
+            order.extend(data.batches(images, batch_size, rng))
         return runs.Inputs(
             seed=np.int32(seed),
             order=np.stack(order[:steps]).astype(np.int32),

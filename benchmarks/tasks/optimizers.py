@@ -354,15 +354,22 @@ def load_studied(dataset: str, model: str) -> tuple[dict[str, Hyperparameters], 
     Returns:
       Hyper-parameters by method, empty if untuned; and their source.
     """
-    name = _STUDIES.get((dataset, model))
-    path = RESULTS / "studies" / str(name) / "chosen.json"
-    if not path.is_file():
+    study = _STUDIES.get((dataset, model))
+    chosen = chosen_by(study) if study else {}
+    if not chosen:
         return {}, "defaults, not tuned on this task"
+    return chosen, f"studies/{study}, tuned with label noise 0.4 and 30 epochs"
+
+
+def chosen_by(study: str) -> dict[str, Hyperparameters]:
+    """What a study of `tune.py` chose, by method; empty if it was not run."""
+    path = RESULTS / "studies" / study / "chosen.json"
+    if not path.is_file():
+        return {}
     methods = json.loads(path.read_text(encoding="utf-8"))["methods"]
-    chosen = {
+    return {
         method: Hyperparameters(**found["chosen"]) for method, found in methods.items()
     }
-    return chosen, f"studies/{name}, tuned with label noise 0.4 and 30 epochs"
 
 
 def untuned(name: str) -> Hyperparameters:

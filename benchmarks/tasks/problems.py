@@ -15,15 +15,19 @@ from msam_optax.flax.linen import init_linen, linen_loss
 
 
 def digits(
-    epochs: int = 30, dataset: str = "mnist5k", label_noise: float = 0.4
+    epochs: int = 30,
+    dataset: str = "mnist5k",
+    label_noise: float = 0.4,
+    batch_size: int = 128,
+    width: int = 256,
 ) -> Problem:
-    """Images with wrong labels and an MLP of 784-256-256-10, in batches of 128.
+    """Images with wrong labels and an MLP of two hidden layers.
 
     As compare.py trains it. The validation part is a fifth of the training part, for
     each seed another one: what is chosen is not what one part of 800 images likes.
     """
     loaded = data.load(dataset)
-    model = models.build("mlp", loaded.num_classes)
+    model = models.build("mlp", loaded.num_classes, widths=(width, width))
 
     def inputs(seed: int, validation: bool) -> Inputs:
         part = data.hold_out(loaded, seed=seed) if validation else loaded
@@ -31,7 +35,9 @@ def digits(
             part.train_labels, label_noise, part.num_classes, seed
         )
         rng = np.random.default_rng([seed, 1])
-        order = [list(data.batches(len(labels), 128, rng)) for _ in range(epochs)]
+        order = [
+            list(data.batches(len(labels), batch_size, rng)) for _ in range(epochs)
+        ]
         return Inputs(
             seed=np.int32(seed),
             order=np.concatenate(order).astype(np.int32),
@@ -39,7 +45,7 @@ def digits(
             held_out=(part.test_images, part.test_labels),
         )
 
-    steps = epochs * (len(loaded.train_labels) // 128)
+    steps = epochs * (len(loaded.train_labels) // batch_size)
     return classification(model, inputs, total_steps=steps)
 
 

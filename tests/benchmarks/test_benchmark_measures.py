@@ -19,11 +19,11 @@ from benchmarks.tasks import optimizers, problems, runs
 
 
 def test_variants_differ_as_their_names_say() -> None:
-    params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])}
-    grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
+    params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([2.0])}  # of length 3
+    grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}  # of length 13
     epsilons = {}
-    for name, make in radius.VARIANTS.items():
-        tx = make(optax.sgd(0.0, 0.9), 0.5)
+    for name, variant in radius.VARIANTS.items():
+        tx = variant.wrap(optax.sgd(1e-4, 0.9), 0.5)
         updates, state = tx.update(grads, tx.init(params), params)
         perturbed = optax.apply_updates(params, updates)
         weights = msam_optax.eval_params(state, perturbed)
@@ -33,21 +33,40 @@ def test_variants_differ_as_their_names_say() -> None:
     expected = {
         "msam": whole,
         "sign reversed": optax.tree.scale(-1, whole),
-        "norm of each tensor": each,
+        "norm of each tensor": {
+            "a": -0.5 * grads["a"] / 5,
+            "b": -0.5 * grads["b"] / 12,
+        },
+        "relative to the weights": optax.tree.scale(3, whole),
+        "multiple of the last update": optax.tree.scale(-0.5e-4, grads),
     }
+    assert expected.keys() == radius.VARIANTS.keys()
     for name, tree in expected.items():
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
             epsilons[name],
             tree,
         )
 
 
-def test_points_keep_the_size_of_a_step_over_momentums() -> None:
-    found = radius.points(0.03)
+@pytest.mark.parametrize("task", radius.TASKS)
+def test_points_keep_the_size_of_a_step_over_momentums(task: str) -> None:
+    found = [*radius.points(task, 0.03)]
     assert len(found) == len(set(found))
-    steps = {p.learning_rate / (1 - p.momentum) for p in found if p.momentum != 0.9}
+    steps = {p.learning_rate / (1 - p.momentum) for p in found if p.axis == "momentum"}
     np.testing.assert_allclose(sorted(steps), 0.3)
+
+
+def test_radius_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [*radius.points("digits", 0.03)][:2]
+    monkeypatch.setattr(radius, "points", lambda task, learning_rate: few)
+    argv = ["--quick", "--tasks", "digits", "--seeds", "1", "--out", str(tmp_path)]
+    assert radius.main(argv) == 0
+    rows = (tmp_path / "validation.jsonl").read_text()
+    assert rows.count("\n") == 2
+    assert "| digits | msam | " in (tmp_path / "table.md").read_text()
+    assert radius.main(argv) == 0
+    assert (tmp_path / "validation.jsonl").read_text() == rows
 
 
 def test_measures_on_a_quadratic() -> None:
