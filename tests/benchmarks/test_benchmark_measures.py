@@ -33,10 +33,7 @@ def test_variants_differ_as_their_names_say() -> None:
     expected = {
         "msam": whole,
         "sign reversed": optax.tree.scale(-1, whole),
-        "norm of each tensor": {
-            "a": -0.5 * grads["a"] / 5,
-            "b": -0.5 * grads["b"] / 12,
-        },
+        "norm of each tensor": each,
         "relative to the weights": optax.tree.scale(3, whole),
         "multiple of the last update": optax.tree.scale(-0.5e-4, grads),
     }
