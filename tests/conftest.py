@@ -58,6 +58,13 @@ def no_rank_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_this_module() -> Iterator[None]:
+    """Those of others are not used again; kept, they slow each garbage collection."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Double precision for one test; the rest of the suite stays in float32."""

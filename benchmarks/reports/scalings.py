@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from benchmarks.costs.methods import METHODS
@@ -172,9 +173,10 @@ def save(out: Path, rows: Rows, provenance: dict[str, Any]) -> list[Path]:
 
 def _figure(rows: Sequence[Row]) -> Figure:
     """Compile time and instructions against the number of tensors."""
-    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(12, 4.6), dpi=150, layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, column in zip(panels, ("compile_seconds", "instructions"), strict=True):
+        dashes, colors = iter(("-", "--", ":")), iter(colormaps["tab20"](range(20)))
         for name in dict.fromkeys(row["method"] for row in rows):
             own = [row for row in rows if row["method"] == name]
             own.sort(key=lambda row: row["tensors"])
@@ -182,14 +184,19 @@ def _figure(rows: Sequence[Row]) -> Figure:
             axes.plot(
                 [row["tensors"] for row in own],
                 [row[column] for row in own],
-                color="black" if base else None,
-                lw=2 if base else 1,
-                ls="--" if base else "-",
+                color="black" if base else next(colors),
+                lw=2.5 if base else 1.2,
+                ls=next(dashes) if base else "-",
                 label=name,
             )
         axes.set(xscale="log", yscale="log", xlabel="tensors")
         axes.set_ylabel(column.replace("_", " "))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[1].legend(frameon=False, fontsize=7, ncols=2)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside right center",
+        frameon=False,
+        fontsize=8,
+    )
     return figure
