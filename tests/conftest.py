@@ -59,7 +59,7 @@ def no_rank_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def programs_of_this_module() -> Iterator[None]:
+def forget_programs() -> Iterator[None]:
     """Those of others are not used again; kept, they slow each garbage collection."""
     yield
     jax.clear_caches()

@@ -1,6 +1,7 @@
 """What scaling.py measured: as tables, as files and as a figure."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def _figure(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(12, 4.6), dpi=150, layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, column in zip(panels, ("compile_seconds", "instructions"), strict=True):
-        dashes, colors = iter(("-", "--", ":")), iter(colormaps["tab20"](range(20)))
+        dashes, colors = cycle(("-", "--", ":")), cycle(colormaps["tab20"](range(20)))
         for name in dict.fromkeys(row["method"] for row in rows):
             own = [row for row in rows if row["method"] == name]
             own.sort(key=lambda row: row["tensors"])

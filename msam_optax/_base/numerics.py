@@ -11,6 +11,7 @@ then copied, in a third of the time of tracing its operations one by one. The pr
 the same.
 """
 
+from collections.abc import Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -41,13 +42,26 @@ def sum_of_squares(tree: Any) -> jax.Array:
     the squares of a thousand entries of 100 add up to infinity, and so they do in
     `optax.tree.norm` and `optax.tree.vdot`, which sum in each leaf's own dtype.
     """
-    zero = jnp.zeros([], statistics_dtype(tree))
-    return reduce(_add_square, jax.tree.leaves(tree), zero)
+    dtype = statistics_dtype(tree)
+    return sum_of_scalars([_square(dtype, x) for x in jax.tree.leaves(tree)], dtype)
 
 
-@partial(jax.jit, inline=True)
-def _add_square(total: jax.Array, x: jax.Array) -> jax.Array:
-    return total + jnp.sum(jnp.square(x.astype(total.dtype)))
+def sum_of_scalars(parts: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
+    """The sum of one scalar for each tensor.
+
+    XLA joins each addition of a chain with the reduction before it, and compiles every
+    such pair anew, while reductions that stand alone are compiled once for each shape:
+    1,600 squared norms take 7.5 s as a chain and 1.7 s so. A plain sum of the stacked
+    scalars becomes a chain again; the zero behind them keeps it from that.
+    """
+    if not parts:
+        return jnp.zeros([], dtype)
+    return jnp.sum(jnp.pad(jnp.stack(parts), (0, 1)))
+
+
+@partial(jax.jit, inline=True, static_argnums=0)
+def _square(dtype: jnp.dtype, x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(x.astype(dtype)))
 
 
 @jax.custom_jvp
@@ -97,15 +111,14 @@ def plus_scaled(x: jax.Array, factor: Any, y: jax.Array) -> jax.Array:
 
 def vdot(tree: Any, other: Any) -> jax.Array:
     """Inner product over all leaves together, in `statistics_dtype`."""
-    total = jnp.zeros([], statistics_dtype((tree, other)))
-    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
-        total = _add_product(total, x, y)
-    return total
+    dtype = statistics_dtype((tree, other))
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+    return sum_of_scalars([_product(dtype, x, y) for x, y in pairs], dtype)
 
 
-@partial(jax.jit, inline=True)
-def _add_product(total: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    return total + jnp.sum(x.astype(total.dtype) * y.astype(total.dtype))
+@partial(jax.jit, inline=True, static_argnums=0)
+def _product(dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.sum(x.astype(dtype) * y.astype(dtype))
 
 
 def orthogonal_part(tree: Any, to: Any) -> Any:

@@ -4,9 +4,12 @@ A draw is a few hundred instructions, and on CPU even the slice that takes a ten
 part out of a larger array is compiled again in every fusion that uses it. So the draws
 are made together, and each is handed on as an array that no fusion reaches behind. The
 numbers are those of one draw after the other, each with its key of the split.
+
+Both are jitted for the sake of steps that are not: a `cond` would be compiled for each.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
+@jax.jit
 def coins_like(tree: Any, key: jax.Array, step: jax.Array, probability: Any) -> Any:
     """For each leaf 1 with a probability, else 0: float32 scalars.
 
@@ -30,9 +34,10 @@ def coins_like(tree: Any, key: jax.Array, step: jax.Array, probability: Any) -> 
         coins = jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
         return [*coins.astype(jnp.float32)]
 
-    return jax.tree.unflatten(treedef, _apart(draw_all, step))
+    return jax.tree.unflatten(treedef, _in_a_branch(draw_all, step))
 
 
+@partial(jax.jit, static_argnames="draw")
 def draws_like(
     tree: Any, key: jax.Array, step: jax.Array, draw: Callable[[jax.Array, Any], Any]
 ) -> Any:
@@ -45,7 +50,7 @@ def draws_like(
       tree: of arrays; their shapes and dtypes count.
       key: of all draws.
       step: int32 scalar, at least 0.
-      draw: from a key and a leaf to an array.
+      draw: from a key and a leaf to an array; the same function for each step.
     """
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
@@ -64,17 +69,19 @@ def draws_like(
                 draws[place] = one
         return draws
 
-    return jax.tree.unflatten(treedef, _apart(draw_all, step))
+    return jax.tree.unflatten(treedef, _in_a_branch(draw_all, step))
 
 
-def _apart(draw_all: Callable[[], list[jax.Array]], step: jax.Array) -> list[jax.Array]:
-    """What is drawn, in a computation of its own."""
+def _in_a_branch(
+    draw_all: Callable[[], list[jax.Array]], step: jax.Array
+) -> list[jax.Array]:
+    """What is drawn, in a branch; that step is at least 0 is what XLA can't know."""
 
     def nothing() -> list[jax.Array]:
         shapes = jax.eval_shape(draw_all)
         return [jnp.zeros(x.shape, x.dtype) for x in shapes]
 
-    # Always the first, which XLA does not know: it fuses nothing into a branch.
+    # Nothing is fused into a branch.
     return jax.lax.cond(step >= 0, draw_all, nothing)
 
 

@@ -12,7 +12,13 @@ from msam_optax._base.hyperparams import (
     check_real,
     check_scalar_or_schedule,
 )
-from msam_optax._base.numerics import global_norm, safe_divide, scale, statistics_dtype
+from msam_optax._base.numerics import (
+    global_norm,
+    safe_divide,
+    scale,
+    statistics_dtype,
+    sum_of_scalars,
+)
 from msam_optax.ascents._make import make
 
 
@@ -197,7 +203,7 @@ def _dual_direction(direction: optax.Updates, p: float) -> optax.Updates:
 
 
 def _sum(tree: Any, dtype: Any) -> jax.Array:
-    return sum(map(jnp.sum, jax.tree.leaves(tree)), start=jnp.zeros([], dtype))
+    return sum_of_scalars([jnp.sum(x) for x in jax.tree.leaves(tree)], dtype)
 
 
 def _largest(tree: Any, dtype: Any) -> jax.Array:

@@ -23,6 +23,7 @@ from msam_optax._base.numerics import (
     safe_sqrt,
     scale,
     statistics_dtype,
+    sum_of_scalars,
     sum_of_squares,
 )
 from msam_optax._base.trees import check_params
@@ -80,17 +81,15 @@ def stochastic(
     """
     check_real("beta", beta, low=0.0, high=1.0, excluded=0.0)
 
+    def flip(key: jax.Array, g: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(key, beta, jnp.shape(g))
+
     def perturb(
         rho: Any, direction: Any, params: Any, key: jax.Array, step: jax.Array
     ) -> optax.Updates:
         del params
         if by_coordinate:
-            takes_part = draws_like(
-                direction,
-                key,
-                step,
-                lambda key, g: jax.random.bernoulli(key, beta, jnp.shape(g)),
-            )
+            takes_part = draws_like(direction, key, step, flip)
             chosen = jax.tree.map(
                 lambda taken, g: jnp.where(taken, g, 0), takes_part, direction
             )
@@ -99,8 +98,9 @@ def stochastic(
         # A tensor's factor leaves it out, without a pass over it of its own.
         coins = coins_like(direction, key, step, beta)
         squares = jax.tree.map(_square_if, coins, direction)
-        factor = safe_divide(rho, safe_sqrt(optax.tree.sum(squares))) / beta
-        return jax.tree.map(partial(_scaled_by_both, factor), coins, direction)
+        squared = sum_of_scalars(jax.tree.leaves(squares), statistics_dtype(squares))
+        factor = safe_divide(rho, safe_sqrt(squared)) / beta
+        return jax.tree.map(partial(_scaled_if, factor), coins, direction)
 
     return _random_ascent(rho, seed, perturb)
 
@@ -171,12 +171,7 @@ def gaussian(
         rho: Any, direction: Any, params: Any, key: jax.Array, step: jax.Array
     ) -> optax.Updates:
         if not filterwise:
-            noise = draws_like(
-                direction,
-                key,
-                step,
-                lambda key, g: jax.random.normal(key, jnp.shape(g), jnp.result_type(g)),
-            )
+            noise = draws_like(direction, key, step, _normal)
             return scale(safe_divide(rho, global_norm(noise)), noise)
 
         check_params("Noise is scaled by the weights' filters", params)
@@ -196,13 +191,17 @@ def gaussian(
     return _random_ascent(rho, seed, perturb)
 
 
+def _normal(key: jax.Array, like: jax.Array) -> jax.Array:
+    return jax.random.normal(key, jnp.shape(like), jnp.result_type(like))
+
+
 @partial(jax.jit, inline=True)
 def _square_if(coin: jax.Array, g: jax.Array) -> jax.Array:
     return jnp.where(coin > 0, sum_of_squares(g), 0)
 
 
 @partial(jax.jit, inline=True)
-def _scaled_by_both(factor: jax.Array, coin: jax.Array, g: jax.Array) -> jax.Array:
+def _scaled_if(factor: jax.Array, coin: jax.Array, g: jax.Array) -> jax.Array:
     return scale(coin * factor, g)
 
 

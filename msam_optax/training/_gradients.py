@@ -66,11 +66,13 @@ class Gradients:
 
         def per_example_loss_fn(params: optax.Params, indices: Any = None) -> Any:
             if indices is None:
-                # XLA drops the gradient; a pass of the losses alone is traced anew.
-                return whole_pass(params)[0][1][0]
+                # Out of the pass that is traced already, whose gradient XLA drops. So
+                # these losses are not to be differentiated; those of samples may be.
+                (_, (losses, _)), _ = whole_pass(params)
+                return losses
             samples = jax.tree.map(lambda x: x[indices], batch)
-            losses = self._losses(state.loss_scale)
-            return losses(params, state.model_state, samples, used_again(key))[0]
+            loss_fn = self._losses(state.loss_scale)
+            return loss_fn(params, state.model_state, samples, used_again(key))[0]
 
         return {
             "grad_fn": lambda params: value_and_grad_fn(params)[1],
@@ -83,7 +85,7 @@ class Gradients:
         }
 
     def jaxpr(self, state: TrainState, batch: Any, key: Any) -> Any:
-        """The clean pass as JAX traced it; no other pass is traced anew after it."""
+        """The clean pass as JAX traced it; no other pass over it is traced anew."""
         return self._value_and_grad.trace(
             state.params, state.model_state, state.loss_scale, batch, key
         ).jaxpr.jaxpr

@@ -116,13 +116,14 @@ def sharpness_aware_gradient(
         loss, perturbed = loss_and_gradient(ascended)
         if second_order:
 
-            def ascended_from(w: Any) -> Any:
-                clean = loss_and_gradient(w)[1]
-                return ascend(ascent, clean, state, w, extra_args)[0]
+            def epsilon(w: Any) -> Any:
+                clean, others = loss_and_gradient(w)[1], for_the_ascent(extra_args)
+                return perturbation(ascent, clean, state.ascent_state, w, **others)[0]
 
             # d/dw L(w + epsilon(w)) = (I + d epsilon/dw)^T grad L(w + epsilon)
-            _, vjp = jax.vjp(ascended_from, params)
-            (perturbed,) = vjp(perturbed)
+            _, vjp = jax.vjp(epsilon, params)
+            (through_epsilon,) = vjp(perturbed)
+            perturbed = optax.tree.add(perturbed, through_epsilon)
         gradient = perturbed if combine is None else combine(updates, perturbed)
         return gradient, state_after(loss_rise(loss, extra_args, state))
 
@@ -177,7 +178,8 @@ def ascend(
     """The point to which the ascent leads from params.
 
     Returns:
-      It, and ``state_after(rise)``, the state once it is known how far the loss rose.
+      ``(ascended, state_after)``; ``state_after(rise)`` is the state, once it is known
+      how far the loss rose.
     """
     epsilon, ascent_state = perturbation(
         ascent, direction, state.ascent_state, params, **for_the_ascent(extra_args)

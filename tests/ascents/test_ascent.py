@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import msam_optax as mo
+from msam_optax.ascents._draws import draws_like
 
 RHO = 0.5
 PS = [1, 1.5, 2, 3, np.inf]
@@ -377,6 +378,21 @@ def test_a_schedule_that_returns_no_number_is_refused(value):
 
 
 # --- Random draws ---------------------------------------------------------------------
+
+
+def test_draws_outside_of_jit_are_compiled_once():
+    traces = []
+
+    def draw(key: jax.Array, leaf: jax.Array) -> jax.Array:
+        traces.append(leaf.shape)
+        return jax.random.normal(key, leaf.shape)
+
+    tree, key = [jnp.ones(3), jnp.ones(2)], jax.random.key(0)
+    first = draws_like(tree, key, jnp.int32(0), draw)
+    once = list(traces)
+    again = draws_like(tree, key, jnp.int32(1), draw)
+    assert traces == once
+    chex.assert_trees_all_equal(first, again)
 
 
 def test_the_draws_made_together_are_those_of_one_after_the_other():

@@ -160,6 +160,17 @@ def test_grad_fn_is_called_with_parameters_of_their_own_dtype(dtype):
     chex.assert_type(state.perturbation_norm, jnp.float32)
 
 
+def test_the_second_order_keeps_the_dtype_of_gradients_that_are_wider():
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+
+    def grad_fn(p: Any) -> Any:
+        return {"w": 2 * p["w"].astype(jnp.float32)}
+
+    element = mo.sharpness_aware_gradient(mo.ascents.normalized(RHO), second_order=True)
+    gradient, _ = call(element, grad_fn, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(gradient, grad_fn(params))
+
+
 @x64
 @pytest.mark.parametrize(
     "ascent, expected",
