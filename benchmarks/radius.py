@@ -11,8 +11,10 @@ have the sign reversed.
 A run is written down when it ends; the same command goes on.
 """
 
+import itertools
+import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,32 +150,36 @@ class Point(NamedTuple):
     rho: float
 
 
-def points(name: str, learning_rate: float) -> Iterator[Point]:
+def points(name: str, learning_rate: float) -> list[Point]:
     """What is trained on a task, around MSAM's learning rate there."""
     task = TASKS[name]
     sizes = task.batches[0], task.widths[0]
+    usual = Point(name, "msam", "", learning_rate, 0.9, *sizes, rho=0.0)
 
-    def over_rho(
-        variant: str, axis: str, rate: float, mu: float, batch: int, width: int
-    ) -> Iterator[Point]:
-        for rho in VARIANTS[variant].rhos:
-            yield Point(name, variant, axis, rate, mu, batch, width, rho)
+    def over_rates(variant: str) -> list[Point]:
+        alike = usual._replace(variant=variant, axis="learning rate")
+        return [alike._replace(learning_rate=rate) for rate in task.rates]
 
-    for rate in task.rates:
-        yield from over_rho("msam", "learning rate", rate, 0.9, *sizes)
+    settings = over_rates("msam")
     for mu in MOMENTUMS:
         # At the same size of a step, learning_rate / (1 - momentum)
         rate = round(learning_rate * (1 - mu) / 0.1, 6)
-        yield from over_rho("msam", "momentum", rate, mu, *sizes)
+        settings.append(
+            usual._replace(axis="momentum", learning_rate=rate, momentum=mu)
+        )
     for batch in task.batches[1:]:
-        yield from over_rho("msam", "batch", learning_rate, 0.9, batch, sizes[1])
+        settings.append(usual._replace(axis="batch", batch_size=batch))
     for width in task.widths[1:]:
-        yield from over_rho("msam", "width", learning_rate, 0.9, sizes[0], width)
-    for variant in ("relative to the weights", "multiple of the last update"):
-        for rate in task.rates:
-            yield from over_rho(variant, "learning rate", rate, 0.9, *sizes)
-    yield from over_rho("norm of each tensor", "", learning_rate, 0.9, *sizes)
-    yield from over_rho("sign reversed", "", learning_rate, 0.9, *sizes)
+        settings.append(usual._replace(axis="width", width=width))
+    settings += over_rates("relative to the weights")
+    settings += over_rates("multiple of the last update")
+    settings.append(usual._replace(variant="norm of each tensor"))
+    settings.append(usual._replace(variant="sign reversed"))
+    return [
+        setting._replace(rho=rho)
+        for setting in settings
+        for rho in VARIANTS[setting.variant].rhos
+    ]
 
 
 def _build(
@@ -185,7 +191,7 @@ def _build(
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A row a setting: the best rho, by how much, and the neighbours' loss of it."""
+    """A row a setting: the best rho, what it reaches, and the accuracy at each."""
     groups: dict[tuple[Any, ...], dict[float, list[Mapping[str, Any]]]] = {}
     for row in rows:
         key = tuple(row[name] for name in Point._fields[:-1])
@@ -202,8 +208,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             for rho, seeds in sorted(own.items())
         }
         best = max(means, key=lambda rho: means[rho])
-        norm = float(np.mean([row["weights_norm"] for row in own[best]]))
-        relative = f"{best / norm:.3f}" if variant == "msam" else ""
+        norms = [row["weights_norm"] or math.nan for row in own[best]]  # diverged: None
+        relative = f"{best / np.mean(norms):.3f}" if variant == "msam" else ""
         edge = " (edge)" if best in (min(means), max(means)) else ""
         each = ", ".join(f"{rho:g}: {mean:.1f}" for rho, mean in means.items())
         lines.append(
@@ -226,21 +232,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     provenance = report.provenance("radius.py", argv)
     record = Record(args.out / "validation.jsonl", (*Point._fields, "seed"))
-    for seed in range(args.seeds):
-        for name in args.tasks:
-            _measure(name, seed, args.quick, record, provenance["commit"])
+    for name in args.tasks:
+        _measure(name, range(args.seeds), args.quick, record, provenance["commit"])
+    seeds = len({row["seed"] for row in record.rows})
     lines = [
         *_table(record.rows),
         "",
-        f"Validation accuracy in percent, mean of {args.seeds} seeds, at MSAM's weight "
-        "decay of the study. Rho is in each variant's own unit. (edge): of what was "
-        "tried.",
+        f"Validation accuracy in percent, mean of up to {seeds} seeds, at MSAM's "
+        "weight decay of the study. Rho is in each variant's own unit. (edge): of what "
+        "was tried.",
     ]
     studies.publish(args.out / "table.md", lines, provenance)
     return 0
 
 
-def _measure(name: str, seed: int, quick: bool, record: Record, commit: str) -> None:
+def _measure(
+    name: str, seeds: Sequence[int], quick: bool, record: Record, commit: str
+) -> None:
     """Trains a task's points that are not in the record yet."""
     task = TASKS[name]
     tuned = optimizers.chosen_by(name).get("msam") or optimizers.untuned("msam")
@@ -251,21 +259,17 @@ def _measure(name: str, seed: int, quick: bool, record: Record, commit: str) -> 
         return task.problem(batch_size=batch_size, width=width, **options)
 
     @cache
-    def inputs(batch_size: int, width: int) -> runs.Inputs:
-        return problem(batch_size, width).inputs(seed, True)
-
-    @cache
     def run(variant: str, momentum: float, *sizes: int) -> runs.Run:
         return runs.compiled(problem(*sizes), partial(_build, variant, momentum))
 
-    for point in points(name, tuned.learning_rate):
+    for seed, point in itertools.product(seeds, points(name, tuned.learning_rate)):
         columns = {**point._asdict(), "seed": seed}
         if record.find(columns):
             continue
         sizes = point.batch_size, point.width
         setting = point.learning_rate, point.rho, tuned.weight_decay
         outcome, params = run(point.variant, point.momentum, *sizes)(
-            runs.traced(setting), inputs(*sizes)
+            runs.traced(setting), problem(*sizes).inputs(seed, True)
         )
         found = {key: float(value) for key, value in outcome._asdict().items()}
         norm = float(optax.tree.norm(params))

@@ -7,7 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +67,15 @@ def provenance(script: str, argv: Sequence[str]) -> dict[str, Any]:
             "platform": device.platform,
         },
     }
+
+
+def origin(provenance: Mapping[str, Any]) -> list[str]:
+    """Command, commit, machine and versions as lines of Markdown."""
+    lines = [f"Command: `{provenance['command']}`, commit {provenance['commit']}."]
+    for key in ("machine", "versions"):
+        values = ", ".join(f"{k} {v}" for k, v in provenance[key].items())
+        lines += ["", f"{key.capitalize()}: {values}."]
+    return lines
 
 
 def _version(package: str) -> str:

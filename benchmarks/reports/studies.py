@@ -163,22 +163,13 @@ def _notes(kind: str, plan: Plan, provenance: Mapping[str, Any]) -> list[str]:
         "",
         "All runs, each with the commit of its code: `validation.jsonl`, `test.jsonl`.",
         "",
-        *_origin(provenance),
+        *report.origin(provenance),
     ]
 
 
 def publish(path: Path, lines: Sequence[str], provenance: Mapping[str, Any]) -> None:
     """Writes Markdown with where it comes from below it, and shows it."""
-    text = "\n".join([*lines, "", *_origin(provenance)])
+    text = "\n".join([*lines, "", *report.origin(provenance)])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n", encoding="utf-8")
     Console().print(text, highlight=False, soft_wrap=True)
-
-
-def _origin(provenance: Mapping[str, Any]) -> list[str]:
-    """Command, commit, machine and versions, in Markdown."""
-    lines = [f"Command: `{provenance['command']}`, commit {provenance['commit']}."]
-    for key in ("machine", "versions"):
-        values = ", ".join(f"{k} {v}" for k, v in provenance[key].items())
-        lines += ["", f"{key.capitalize()}: {values}."]
-    return lines

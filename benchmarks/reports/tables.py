@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks.costs.timing import Spread
+from benchmarks.reports import report
 
 # Wide enough for all of them, whatever the terminal or file.
 WIDTH = 150
@@ -77,9 +78,5 @@ def write_markdown(
     for table in tables:
         lines += [f"## {table.title}", "", *markdown(table.headers, table.rows), ""]
     lines += [f"- {note}" for note in notes]
-    lines += ["", f"Command: `{provenance['command']}`", ""]
-    for key in ("machine", "versions"):
-        values = ", ".join(f"{k} {v}" for k, v in provenance[key].items())
-        lines.append(f"{key.capitalize()}: {values}.")
-        lines.append("")
-    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    lines += ["", *report.origin(provenance)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -48,14 +48,14 @@ def test_variants_differ_as_their_names_say() -> None:
 
 @pytest.mark.parametrize("task", radius.TASKS)
 def test_points_keep_the_size_of_a_step_over_momentums(task: str) -> None:
-    found = [*radius.points(task, 0.03)]
+    found = radius.points(task, 0.03)
     assert len(found) == len(set(found))
     steps = {p.learning_rate / (1 - p.momentum) for p in found if p.axis == "momentum"}
     np.testing.assert_allclose(sorted(steps), 0.3)
 
 
 def test_radius_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = [*radius.points("digits", 0.03)][:2]
+    few = radius.points("digits", 0.03)[:2]
     monkeypatch.setattr(radius, "points", lambda task, learning_rate: few)
     argv = ["--quick", "--tasks", "digits", "--seeds", "1", "--out", str(tmp_path)]
     assert radius.main(argv) == 0
