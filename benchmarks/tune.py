@@ -132,7 +132,7 @@ def _fashion(label_noise: float) -> Study:
             **sam,
         ),
         plan=Plan(first=6, near=(2,), rungs=((2, 2),), moves=1),
-        seeds=20,
+        seeds=5,
         score="accuracy",
     )
 
