@@ -1,5 +1,6 @@
 """Fixtures of the whole suite."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,10 @@ FLAGS = [
 if jax.__version_info__ < (0, 11):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+
+# Traces and programs are kept, millions of objects, so that a collection takes long and
+# finds little.
+gc.set_threshold(50_000, 20, 100)
 
 TESTS = Path(__file__).parent
 # Of all kinds, under 90 seconds together: `pytest -m fast`.
@@ -56,13 +61,6 @@ def no_rank_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     promotes = request.path.parent.name in PROMOTING
     with jax.numpy_rank_promotion("allow" if promotes else "raise"):
         yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def forget_programs() -> Iterator[None]:
-    """Those of others are not used again; kept, they slow each garbage collection."""
-    yield
-    jax.clear_caches()
 
 
 @pytest.fixture

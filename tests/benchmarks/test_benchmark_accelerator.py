@@ -138,7 +138,7 @@ def test_radius_is_chosen_on_validation(tmp_path: Path) -> None:
         row("adamw_msam", 0.3, 1.8, 1.5),
         row("adamw_msam", 1.0, None, None),  # type: ignore[arg-type]  # diverged
     ]
-    machine = {"command": "x", "machine": {}, "versions": {}}
+    machine = {"command": "x", "commit": "c", "machine": {}, "versions": {}}
     accelerators.save(tmp_path, rows, machine)
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "| adamw_msam | 0.001 | 0.1 | 0.1 | 1.9000 | +0.2000 |" in table
