@@ -259,6 +259,10 @@ def _measure(
         return task.problem(batch_size=batch_size, width=width, **options)
 
     @cache
+    def inputs(seed: int, *sizes: int) -> runs.Inputs:
+        return problem(*sizes).inputs(seed, True)
+
+    @cache
     def run(variant: str, momentum: float, *sizes: int) -> runs.Run:
         return runs.compiled(problem(*sizes), partial(_build, variant, momentum))
 
@@ -269,7 +273,7 @@ def _measure(
         sizes = point.batch_size, point.width
         setting = point.learning_rate, point.rho, tuned.weight_decay
         outcome, params = run(point.variant, point.momentum, *sizes)(
-            runs.traced(setting), problem(*sizes).inputs(seed, True)
+            runs.traced(setting), inputs(seed, *sizes)
         )
         found = {key: float(value) for key, value in outcome._asdict().items()}
         norm = float(optax.tree.norm(params))

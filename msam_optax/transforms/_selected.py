@@ -9,11 +9,7 @@ import optax
 
 from msam_optax._base.hyperparams import check_real, check_transformation, static_value
 from msam_optax._base.trees import check_params, check_state
-from msam_optax.transforms._second_gradient import (
-    TAKEN_AT,
-    check_clean,
-    whole_params,
-)
+from msam_optax.transforms._second_gradient import TAKEN_AT, check_clean, whole_params
 from msam_optax.transforms._sharpness_aware import (
     SharpnessAwareState,
     ascend,
