@@ -26,7 +26,7 @@ import optax
 
 import msam_optax
 from benchmarks import arguments
-from benchmarks.reports import report, studies
+from benchmarks.reports import report, studies, tables
 from benchmarks.tasks import optimizers, problems, runs
 from benchmarks.tasks.fashion import fashion
 from benchmarks.tasks.records import Record
@@ -196,12 +196,11 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         key = tuple(row[name] for name in Point._fields[:-1])
         groups.setdefault(key, {}).setdefault(row["rho"], []).append(row)
-    columns = ["task", "variant", "learning rate", "momentum", "batch", "width"]
-    lines = [
-        f"| {' | '.join(columns)} | best rho | accuracy | over its weights' norm | "
-        "accuracy at each rho tried |",
-        "|---" * (len(columns) + 4) + "|",
+    headers = [
+        *("task", "variant", "learning rate", "momentum", "batch", "width", "best rho"),
+        *("accuracy", "over its weights' norm", "accuracy at each rho tried"),
     ]
+    cells = []
     for (task, variant, _, *numbers), own in groups.items():
         means = {
             rho: 100 * float(np.mean([row["accuracy"] or 0.0 for row in seeds]))
@@ -212,11 +211,10 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         relative = f"{best / np.mean(norms):.3f}" if variant == "msam" else ""
         edge = " (edge)" if best in (min(means), max(means)) else ""
         each = ", ".join(f"{rho:g}: {mean:.1f}" for rho, mean in means.items())
-        lines.append(
-            f"| {task} | {variant} | {' | '.join(f'{n:g}' for n in numbers)} | "
-            f"{best:g}{edge} | {means[best]:.1f} | {relative} | {each} |"
-        )
-    return lines
+        setting = [task, variant, *(f"{number:g}" for number in numbers)]
+        found = [f"{best:g}{edge}", f"{means[best]:.1f}", relative, each]
+        cells.append([*setting, *found])
+    return tables.markdown(headers, cells)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
