@@ -6,6 +6,7 @@ Everywhere else a ``cond`` costs nothing, and the host's reading does.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -101,9 +102,14 @@ def is_traced() -> bool:
     Asked of the trace: inside a `jit`, an `eval_shape` or a `vmap` that closes over
     them, all arguments of a step can be arrays with values.
     """
+    return get_opaque_trace_state() != _untraced()
+
+
+@cache
+def _untraced() -> Any:
+    """Asked once: leaving the trace and coming back slows down the next step's call."""
     with jax.core.eval_context():
-        outside = get_opaque_trace_state()
-    return get_opaque_trace_state() != outside
+        return get_opaque_trace_state()
 
 
 def convolves(jaxpr: Jaxpr) -> bool:

@@ -173,6 +173,14 @@ def test_an_optimizer_that_employs_nothing_is_asked_nothing(monkeypatch):
     step(state, jnp.eye(3), None)
 
 
+def test_a_step_does_not_leave_the_trace_to_ask_whether_there_is_one(monkeypatch):
+    step = mo.make_train_step(quadratic_loss, ae_sam())
+    state, _ = step(state_of(ae_sam()), jnp.eye(3), None)
+    monkeypatch.delattr("jax.core.eval_context")
+    state, _ = step(state, jnp.eye(3), None)
+    jax.eval_shape(step, state, jnp.eye(3), None)
+
+
 @pytest.mark.parametrize("dispatch", ["in_graph", "host"])
 def test_what_is_asked_for_is_done(conds, dispatch):
     step = mo.make_train_step(quadratic_loss, ae_sam(), dispatch=dispatch)
