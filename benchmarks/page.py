@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks import arguments
+from benchmarks import arguments, tune
 from benchmarks.reports import report, studies
 from benchmarks.tasks import optimizers
+from benchmarks.tasks.policies import SHARES
 from benchmarks.tasks.records import Record
 
-# Percent of the steps with SAM
-SHARES = ("10", "25", "50")
+# What the studies of policies begin with, by task
+POLICIES = {"digits": "policies", "clothes": "fashion-policies"}
 START, END = "<!-- table: python benchmarks/page.py -->", "<!-- end of the table -->"
 
 
@@ -80,30 +81,34 @@ def gain_against_cost(found: Sequence[Result]) -> Figure:
     return figure
 
 
-def policies(found: Mapping[str, Sequence[Result]]) -> Figure:
-    """The second figure: each policy's gain over a coin of the same share."""
-    names = list(
-        dict.fromkeys(result.method for own in found.values() for result in own)
-    )
-    figure = Figure(figsize=(3 * len(found) + 1, 3.2), dpi=150, layout="constrained")
-    columns = figure.subplots(1, len(found), squeeze=False, sharex=True, sharey=True)[0]
-    for axes, (share, own) in zip(columns, found.items(), strict=True):
-        for result in own:
-            mean, half = result.gain
-            axes.errorbar(
-                mean,
-                names.index(result.method),
-                xerr=half,
-                fmt="o",
-                capsize=3,
-                # In colour what is told apart from the coin
-                color="C0" if abs(mean) > half else "0.5",
-            )
-        axes.axvline(0, color="0.6", linewidth=0.8)
-        axes.set_title(f"SAM on {share}% of the steps", fontsize=10)
-        axes.set_xlabel("test accuracy over the coin, points", fontsize=8)
-    columns[0].set_yticks(range(len(names)), names)
-    columns[0].invert_yaxis()
+def policies(found: Mapping[str, Mapping[str, Sequence[Result]]]) -> Figure:
+    """The second figure: each policy's gain over a coin, by task and share."""
+    every = [own for shares in found.values() for own in shares.values()]
+    names = list(dict.fromkeys(result.method for own in every for result in own))
+    width = max(map(len, found.values()))
+    figure = Figure(figsize=(3 * width + 1, 3.2 * len(found)), dpi=150)
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(len(found), width, squeeze=False, sharey=True)
+    for (task, shares), row in zip(found.items(), panels, strict=True):
+        for axes in row[len(shares) :]:
+            axes.set_axis_off()
+        for axes, (share, own) in zip(row, shares.items(), strict=False):
+            for result in own:
+                mean, half = result.gain
+                axes.errorbar(
+                    mean,
+                    names.index(result.method),
+                    xerr=half,
+                    fmt="o",
+                    capsize=3,
+                    # In colour what is told apart from the coin
+                    color="C0" if abs(mean) > half else "0.5",
+                )
+            axes.axvline(0, color="0.6", linewidth=0.8)
+            axes.set_title(f"{task}, SAM on {share}% of the steps", fontsize=10)
+            axes.set_xlabel("test accuracy over the coin, points", fontsize=8)
+    panels[0, 0].set_yticks(range(len(names)), names)
+    panels[0, 0].invert_yaxis()
     return figure
 
 
@@ -113,19 +118,11 @@ def table(folder: Path) -> list[str]:
         "| study | method | gradients a step | gain | over | seeds |",
         "|---|---|---|---|---|---|",
     ]
-    for name, kind, unit, digits in (
-        ("digits", "accuracy", "points", 2),
-        ("directions", "accuracy", "points", 2),
-        ("directions-muon", "accuracy", "points", 2),
-        ("fashion-20", "accuracy", "points", 2),
-        ("fashion-0", "accuracy", "points", 2),
-        ("fine-tuning", "accuracy", "points", 2),
-        *((f"policies-{share}", "accuracy", "points", 2) for share in SHARES),
-        ("characters", "loss", "nats", 4),
-    ):
+    for name, study in tune.STUDIES.items():
         if not (folder / name / "chosen.json").is_file():
             continue
-        for result in results(folder / name, kind):
+        unit, digits = ("points", 2) if study.score == "accuracy" else ("nats", 4)
+        for result in results(folder / name, study.score):
             mean, half = result.gain
             gain = f"{mean:+.{digits}f} ± {half:.{digits}f} {unit}"
             cells = [
@@ -157,11 +154,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     readme.write_text(page(text, table(folder)), encoding="utf-8")
     found = results(folder / "digits", "accuracy")
     gain_against_cost(found).savefig(folder / "gain_against_cost.png")
-    shares: dict[str, Any] = {
-        share: results(folder / f"policies-{share}", "accuracy")
-        for share in SHARES
-        if (folder / f"policies-{share}" / "chosen.json").is_file()
-    }
+    shares: dict[str, dict[str, Any]] = {}
+    for task, prefix in POLICIES.items():
+        for percent in (f"{100 * share:.0f}" for share in SHARES):
+            study = folder / f"{prefix}-{percent}"
+            if (study / "chosen.json").is_file():
+                shares.setdefault(task, {})[percent] = results(study, "accuracy")
     if shares:
         policies(shares).savefig(folder / "policies.png")
     Console().print(f"Written: {readme}", soft_wrap=True)

@@ -95,25 +95,6 @@ def _with_own_base(names: Sequence[str]) -> dict[str, Contender]:
     }
 
 
-# Around what is best for SAM on every step.
-_POLICIES = Space(axis(0.01, 0.1, (1, 3)), axis(0.01, 0.05), axis(0.2, 1.0))
-
-
-def _policies(share: float) -> Study:
-    """All policies at one share of SAM steps; what they are compared with is a coin."""
-    return Study(
-        problem=problems.digits,
-        quick={"epochs": 1, "dataset": "digits"},
-        contenders={
-            name: Contender(build, _POLICIES)
-            for name, build in policies.at_share(share).items()
-        },
-        plan=Plan(first=8, near=(3,), rungs=((3, 3),), moves=2),
-        seeds=30,
-        score="accuracy",
-    )
-
-
 _CLOTHES = Space(axis(0.01, 0.3, (1, 3)), axis(0.0005, 0.01))
 _CLOTHES_SAM = _CLOTHES._replace(rho=axis(0.05, 0.5))
 
@@ -137,23 +118,45 @@ def _fashion(label_noise: float) -> Study:
     )
 
 
-STUDIES = {
-    "digits": Study(
-        problem=problems.digits,
-        quick={"epochs": 1, "dataset": "digits"},
-        contenders=_methods(
-            [
-                *("sgd", "msam", "sam", "ae_sam", "looksam", "nag", "adam", "adamw"),
-                *("adamw_msam", "ss_sam", "asam", "friendly_sam", "gsam"),
-            ]
-        ),
-        plan=Plan(),
-        seeds=30,
-        score="accuracy",
+_DIGITS = Study(
+    problem=problems.digits,
+    quick={"epochs": 1, "dataset": "digits"},
+    contenders=_methods(
+        [
+            *("sgd", "msam", "sam", "ae_sam", "looksam", "nag", "adam", "adamw"),
+            *("adamw_msam", "ss_sam", "asam", "friendly_sam", "gsam"),
+        ]
     ),
-    "directions": Study(
-        problem=problems.digits,
-        quick={"epochs": 1, "dataset": "digits"},
+    plan=Plan(),
+    seeds=30,
+    score="accuracy",
+)
+
+
+def _policies(name: str, task: Study, space: Space, plan: Plan) -> dict[str, Study]:
+    """On a study's task all policies at each share of SAM steps, over a coin.
+
+    Args:
+      name: what the studies' names begin with.
+      task: the study whose problem it is.
+      space: around what is best for SAM on every step.
+      plan: of the search.
+    """
+    made = {}
+    for share in SHARES:
+        contenders = {
+            policy: Contender(build, space)
+            for policy, build in policies.at_share(share).items()
+        }
+        made[f"{name}-{100 * share:.0f}"] = task._replace(
+            contenders=contenders, plan=plan, seeds=30
+        )
+    return made
+
+
+STUDIES = {
+    "digits": _DIGITS,
+    "directions": _DIGITS._replace(
         contenders=_with_own_base(
             [
                 *("adamw", "adamw_msam", "adamw_along_update"),
@@ -162,18 +165,19 @@ STUDIES = {
         ),
         plan=Plan(first=10, near=(4,), rungs=((3, 3),), moves=1),
         seeds=20,
-        score="accuracy",
     ),
     # A short search: a step of Muon takes twenty times that of AdamW here.
-    "directions-muon": Study(
-        problem=problems.digits,
-        quick={"epochs": 1, "dataset": "digits"},
+    "directions-muon": _DIGITS._replace(
         contenders=_with_own_base(["muon", "muon_along_momentum", "muon_along_update"]),
         plan=Plan(first=5, near=(2,), rungs=((2, 2),), moves=0),
         seeds=5,
-        score="accuracy",
     ),
-    **{f"policies-{share:.0%}".rstrip("%"): _policies(share) for share in SHARES},
+    **_policies(
+        "policies",
+        _DIGITS,
+        Space(axis(0.01, 0.1, (1, 3)), axis(0.01, 0.05), axis(0.2, 1.0)),
+        Plan(first=8, near=(3,), rungs=((3, 3),), moves=2),
+    ),
     "fine-tuning": Study(
         problem=fine_tuning,
         quick={"epochs": 1, "start_epochs": 1},
@@ -182,7 +186,14 @@ STUDIES = {
         seeds=30,
         score="accuracy",
     ),
-    **{f"fashion-{noise:.0%}".rstrip("%"): _fashion(noise) for noise in (0.0, 0.2)},
+    "fashion-0": _fashion(0.0),
+    "fashion-20": _fashion(0.2),
+    **_policies(
+        "fashion-policies",
+        _fashion(0.2),
+        Space(axis(0.1, 0.3, (1, 3)), axis(0.0005, 0.005), axis(0.1, 0.5)),
+        Plan(first=6, near=(2,), rungs=((2, 2),), moves=1),
+    ),
     "characters": Study(
         problem=problems.characters,
         quick={"steps": 20, "length": 8, "batch": 4},

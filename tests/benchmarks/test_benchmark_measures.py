@@ -179,8 +179,11 @@ def test_figure_has_one_row_a_policy_at_every_share() -> None:
 
     few = [result("coin", 0.0), result("ae_sam", 0.1)]
     all_of_them = [result("coin", 0.0), result("first", -0.7), result("ae_sam", 0.3)]
-    drawn = page.policies({"25": few, "50": all_of_them})
-    left, right = drawn.axes
+    shares = {"25": few, "50": all_of_them}
+    drawn = page.policies({"digits": shares, "clothes": {"50": few}})
+    left, right, below, nothing = drawn.axes
+    assert len(below.containers) == 2
+    assert not nothing.axison
     labels = [label.get_text() for label in left.get_yticklabels()]
     assert labels == ["coin", "ae_sam", "first"]
     for axes, own in ((left, few), (right, all_of_them)):
