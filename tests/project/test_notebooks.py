@@ -1,13 +1,15 @@
 """The notebooks run from start to end, and are committed with their outputs.
 
 Cells run as they are read, but for the length of the training, which ``SHORT`` cuts:
-to train as long as for the committed outputs would show nothing more. Each runs in a
-kernel of this very interpreter, which is what jupyter_client makes of a kernel's
-command ``python``.
+to train as long as for the committed outputs would show nothing more. They run one
+after the other in one kernel, each in an empty namespace, for half of their time would
+be that of starting it and importing. It is of this very interpreter, which is what
+jupyter_client makes of a kernel's command ``python``.
 """
 
 import re
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -72,29 +74,41 @@ def test_all_are_there():
     assert list(SHORT) == NOTEBOOKS
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_runs(name, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The notebooks with the outputs of a short training."""
+    folder = str(tmp_path_factory.mktemp("notebooks"))
+    found = {name: read(name) for name in NOTEBOOKS}
+    everything = nbformat.v4.new_notebook()
+    for name, notebook in found.items():
+        long, short = SHORT[name]
+        assert sum(cell.source.count(long) for cell in code_cells(notebook)) == 1
+        for cell in code_cells(notebook):
+            cell.source = cell.source.replace(long, short)
+            cell.outputs, cell.execution_count = [], None
+        empty = nbformat.v4.new_code_cell("%reset -f")
+        everything.cells += [empty, *code_cells(notebook)]
     # Nothing of the user's: profiles, history, and kernels of other interpreters.
-    for folder in ("IPYTHONDIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
-        monkeypatch.setenv(folder, str(tmp_path))
-    notebook = read(name)
-    long, short = SHORT[name]
-    assert sum(cell.source.count(long) for cell in code_cells(notebook)) == 1
-    for cell in code_cells(notebook):
-        cell.source = cell.source.replace(long, short)
-        cell.outputs, cell.execution_count = [], None
-    client = NotebookClient(
-        notebook,
-        kernel_name="python3",
-        timeout=600,
-        resources={"metadata": {"path": str(tmp_path)}},
-    )
-    client.execute()
-    assert not [output for output in outputs(notebook) if is_trouble(output)]
-    committed = outputs(read(name))
+    folders = ("IPYTHONDIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in folders:
+            patch.setenv(variable, folder)
+        NotebookClient(
+            everything,
+            kernel_name="python3",
+            timeout=600,
+            resources={"metadata": {"path": folder}},
+        ).execute()
+    return found
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_runs(name, executed):
+    found, committed = outputs(executed[name]), outputs(read(name))
+    assert not [output for output in found if is_trouble(output)]
     kinds = [output.output_type for output in committed]
-    assert [output.output_type for output in outputs(notebook)] == kinds
-    assert sum(map(is_image, outputs(notebook))) == sum(map(is_image, committed))
+    assert [output.output_type for output in found] == kinds
+    assert sum(map(is_image, found)) == sum(map(is_image, committed))
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
