@@ -1,7 +1,8 @@
 """Which branch of a step runs: chosen in the program, or by the host.
 
 XLA for CPU runs the gradient of a convolution many times slower inside a ``cond``
-than outside. There the host has to read the decision and run one of two programs.
+than outside. There the host has to read the decision and run one of two programs:
+before the gradient where the decision hangs on the step alone, and else behind it.
 Everywhere else a ``cond`` costs nothing, and the host's reading does.
 """
 
@@ -10,7 +11,7 @@ from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import jax
-from jax.extend.core import Jaxpr
+from jax.extend.core import Jaxpr, Var
 
 from msam_optax.training._state import TrainState
 from msam_optax.transforms._employ import EmployState
@@ -40,11 +41,14 @@ class Dispatcher:
     def __init__(
         self,
         asked: Literal["auto", "in_graph", "host"],
-        jaxpr: Callable[[TrainState, Any, Any], Jaxpr],
+        gradient: Callable[[TrainState, Any, Any], Jaxpr],
+        decision: Callable[[TrainState, Any, Any], Jaxpr],
     ) -> None:
-        """Takes what the user asked for, and what traces the gradient of a step."""
+        """Takes what the user asked for, and what traces a step's two parts."""
         self._asked = asked
-        self._jaxpr = jaxpr
+        self._gradient = gradient
+        self._decision = decision
+        self._foreseen: bool | None = None
         self._places: int | None = None
         self._by_shapes: dict[Any, Dispatch] = {}
 
@@ -77,9 +81,24 @@ class Dispatcher:
             self._by_shapes[shapes] = self._by_program(state, batch, key)
         return self._by_shapes[shapes]
 
+    def foreseen(self, state: TrainState, batch: Any, key: Any) -> bool:
+        """Whether the decision is known before the gradient.
+
+        As those of a coin or of every k-th step are, which hang on nothing but the
+        number of the step in the optimizer's state. Not of a loss that prints or calls
+        back: it would do so twice.
+        """
+        if self._foreseen is None:
+            jaxpr = self._decision(state, batch, key)
+            used = inputs_used(jaxpr)
+            first = len(jax.tree.leaves(state.params))
+            last = first + len(jax.tree.leaves(state.opt_state))
+            self._foreseen = not (jaxpr.effects or any(used[:first] + used[last:]))
+        return self._foreseen
+
     def forget(self) -> None:
         """Asks anew at the next step: what was asked about failed."""
-        self._places = None
+        self._places = self._foreseen = None
         self._by_shapes.clear()
 
     def _refuse_host(self, why: str) -> None:
@@ -89,7 +108,7 @@ class Dispatcher:
     def _by_program(self, state: TrainState, batch: Any, key: Any) -> Dispatch:
         if not _on_cpu(state.params):
             return Dispatch("in_graph", "the parameters are not on CPU")
-        if not convolves(self._jaxpr(state, batch, key)):
+        if not convolves(self._gradient(state, batch, key)):
             return Dispatch("in_graph", "on CPU, the loss holds no convolution")
         return Dispatch(
             "host", "on CPU a convolution's gradient is very slow inside a cond"
@@ -117,6 +136,18 @@ def convolves(jaxpr: Jaxpr) -> bool:
     return any(
         equation.primitive.name == "conv_general_dilated" for equation in jaxpr.eqns
     ) or any(map(convolves, subjaxprs(jaxpr)))
+
+
+def inputs_used(jaxpr: Jaxpr) -> list[bool]:
+    """Which inputs of a program its outputs hang on, at most.
+
+    Of a program that is called in it, each output is taken to hang on all inputs.
+    """
+    needed = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    for equation in reversed(jaxpr.eqns):
+        if not needed.isdisjoint(equation.outvars):
+            needed.update(v for v in equation.invars if isinstance(v, Var))
+    return [v in needed for v in jaxpr.invars]
 
 
 def _on_cpu(tree: Any) -> bool:

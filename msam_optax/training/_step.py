@@ -50,13 +50,13 @@ class TrainStep:
         self._optimizer = optimizer
         self._donate = donate
         self._loss_scaling = loss_scaling
-        self._dispatcher = Dispatcher(dispatch, gradients.jaxpr)
         donated = (0,) if donate else ()
         self._in_graph = jax.jit(self._whole, donate_argnums=donated)
-        self._first_half = jax.jit(self._decide)
+        self._first_half = jax.jit(self._decide, static_argnames="foreseen")
         self._second_half = jax.jit(
             self._finish, static_argnames="employed", donate_argnums=donated
         )
+        self._dispatcher = Dispatcher(dispatch, gradients.jaxpr, self._decision)
 
     def __call__(
         self, state: TrainState, batch: Any, key: Any
@@ -74,7 +74,8 @@ class TrainStep:
         try:
             if self.dispatch(state, batch, key).where == "in_graph":
                 return self._in_graph(state, batch, key)
-            clean, employed = self._first_half(state, batch, key)
+            foreseen = self._dispatcher.foreseen(state, batch, key)
+            clean, employed = self._first_half(state, batch, key, foreseen=foreseen)
             # Else it would only take time.
             if jax.config.jax_debug_key_reuse:  # type: ignore[attr-defined]
                 key = used_again(key)
@@ -115,24 +116,30 @@ class TrainStep:
         """
         if self.dispatch(state, batch, key).where == "in_graph":
             return LoweredStep({"step": self._in_graph.lower(state, batch, key)})
-        clean, _ = jax.eval_shape(self._first_half, state, batch, key)
+        foreseen = self._dispatcher.foreseen(state, batch, key)
+        first_half = partial(self._first_half, foreseen=foreseen)
+        clean, _ = jax.eval_shape(first_half, state, batch, key)
         plain, employed = (
             self._second_half.lower(state, clean, batch, key, employed=choice)
             for choice in (False, True)
         )
-        decide = self._first_half.lower(state, batch, key)
+        decide = self._first_half.lower(state, batch, key, foreseen=foreseen)
         return LoweredStep({"decide": decide, "plain": plain, "employed": employed})
 
     def _whole(self, state: TrainState, batch: Any, key: Any) -> Any:
-        clean = self._gradients.clean_pass(state, batch, key)
-        return self._finish(state, clean, batch, key)
+        return self._finish(state, None, batch, key)
 
-    def _decide(self, state: TrainState, batch: Any, key: Any) -> Any:
+    def _decide(self, state: TrainState, batch: Any, key: Any, foreseen: bool) -> Any:
         clean = self._gradients.clean_pass(state, batch, key)
-        # Of this update only the decision is returned: XLA drops all else.
+        # Of this update only the decision is returned: XLA drops all else, and where
+        # that is foreseen the gradient, too.
         _, opt_state = self._update(state, clean, batch, key, employed=False)
         (employ_state,) = find_states(opt_state, EmployState)
-        return clean, employ_state.employed
+        return None if foreseen else clean, employ_state.employed
+
+    def _decision(self, state: TrainState, batch: Any, key: Any) -> Any:
+        """The decision alone, as JAX traced it."""
+        return self._first_half.trace(state, batch, key, foreseen=True).jaxpr.jaxpr
 
     def _update(
         self,
@@ -153,11 +160,13 @@ class TrainStep:
     def _finish(
         self,
         state: TrainState,
-        clean: CleanPass,
+        clean: CleanPass | None,
         batch: Any,
         key: Any,
         employed: bool | None = None,
     ) -> tuple[TrainState, StepMetrics]:
+        if clean is None:
+            clean = self._gradients.clean_pass(state, batch, key)
         updates, opt_state = self._update(state, clean, batch, key, employed)
         params = optax.apply_updates(state.params, updates)
         new_state = TrainState(params, opt_state, clean.model_state, state.loss_scale)
@@ -229,8 +238,9 @@ def make_train_step(
     ``lax.cond`` does, which is needed inside ``jit`` or ``scan``. But XLA for CPU runs
     a convolution's gradient many times slower inside a ``cond``. From the *host*, the
     step is two programs: the clean gradient with the policy's decision, and, once that
-    is read, an update compiled with or without the extra gradient. Both ways cost 1 + f
-    gradients for a fraction f of employed steps.
+    is read, an update compiled with or without the extra gradient. A decision that
+    hangs on the step alone is read first, and all else is the second program. Every way
+    costs 1 + f gradients for a fraction f of employed steps.
 
     Args:
       loss_fn: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state,

@@ -129,7 +129,7 @@ def host_flops(tx: optax.GradientTransformation) -> tuple[float, float]:
     for name, program in compiled.programs.items():
         analysis = program.cost_analysis()
         assert analysis is not None
-        flops[name] = analysis["flops"]
+        flops[name] = analysis.get("flops", 0.0)
     return flops["decide"] + flops["plain"], flops["decide"] + flops["employed"]
 
 

@@ -12,7 +12,7 @@ from jax.experimental import checkify
 from jax.sharding import PartitionSpec
 
 import msam_optax as mo
-from msam_optax.training._dispatch import convolves
+from msam_optax.training._dispatch import convolves, inputs_used
 from tests.versions import needs_meshes
 
 STEPS, RHO = 8, 0.1
@@ -171,6 +171,74 @@ def test_an_optimizer_that_employs_nothing_is_asked_nothing(monkeypatch):
     state, _ = step(state_of(tx), jnp.eye(3), None)
     monkeypatch.delattr("msam_optax.training._dispatch.find_states")
     step(state, jnp.eye(3), None)
+
+
+# --- What the decision hangs on -------------------------------------------------------
+
+
+def employed(policy: mo.policies.Policy) -> optax.GradientTransformationExtraArgs:
+    element = mo.sharpness_aware_gradient(mo.ascents.normalized(RHO))
+    return optax.chain(mo.employ(policy, element), optax.sgd(0.1, momentum=0.9))
+
+
+FORESEEN: dict[str, tuple[Callable[[], Any], bool]] = {
+    "never": (lambda: employed(mo.policies.never()), True),
+    "every": (lambda: employed(mo.policies.every(2)), True),
+    "coin": (lambda: mo.ss_sam(optax.sgd(0.1), RHO), True),
+    "looksam": (lambda: mo.looksam(optax.sgd(0.1), RHO, k=3), True),
+    "joined": (
+        lambda: employed(mo.policies.every(2) & mo.policies.between(3)),
+        True,
+    ),
+    "injected": (
+        lambda: optax.inject_hyperparams(
+            lambda rho: mo.ss_sam(optax.sgd(0.1), rho), static_args=()
+        )(rho=RHO),
+        True,
+    ),
+    "ae_sam": (ae_sam, False),
+    "ae_looksam": (lambda: mo.ae_looksam(optax.sgd(0.1), RHO, STEPS), False),
+    "joined with adaptive": (
+        lambda: employed(mo.policies.every(2) | mo.policies.adaptive(STEPS)),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORESEEN)
+def test_a_decision_by_the_step_alone_is_read_before_the_gradient(name):
+    """No gradient is in the first program then, and all of it in the second."""
+    make, foreseen = FORESEEN[name]
+    step = mo.make_train_step(convolving_loss, make(), donate=False)
+    state = state_of(make())
+    programs = step.lower(state, jnp.eye(3), None).compile().programs
+    convolve = {
+        key: "convolution(" in (p.as_text() or "") for key, p in programs.items()
+    }
+    assert convolve == {"decide": not foreseen, "plain": foreseen, "employed": True}
+    in_graph = mo.make_train_step(
+        convolving_loss, make(), dispatch="in_graph", donate=False
+    )
+    other = state
+    for t in range(4):
+        batch = (0.1 if t % 2 else 2.0) * jnp.eye(3)
+        state, metrics = step(state, batch, None)
+        other, expected = in_graph(other, batch, None)
+        chex.assert_trees_all_close((state, metrics), (other, expected), rtol=1e-5)
+
+
+def test_inputs_are_found_that_outputs_hang_on():
+    def program(a, b, c, d):
+        called = jax.jit(lambda x, y: (x + 1, y + 1))(b, c)
+        return jnp.sin(a), called[0], jnp.zeros(3), d
+
+    jaxpr = jax.make_jaxpr(lambda *x: program(*x)[0])(*4 * [X]).jaxpr
+    assert inputs_used(jaxpr) == [True, False, False, False]
+    # Whatever is called is not looked into.
+    jaxpr = jax.make_jaxpr(lambda *x: program(*x)[1:3])(*4 * [X]).jaxpr
+    assert inputs_used(jaxpr) == [False, True, True, False]
+    jaxpr = jax.make_jaxpr(lambda *x: program(*x)[2:])(*4 * [X]).jaxpr
+    assert inputs_used(jaxpr) == [False, False, False, True]
 
 
 def test_a_step_does_not_leave_the_trace_to_ask_whether_there_is_one(monkeypatch):
