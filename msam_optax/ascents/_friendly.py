@@ -13,7 +13,8 @@ from msam_optax._base.hyperparams import (
     init_schedule,
     read_schedule,
 )
-from msam_optax._base.numerics import add_scaled, global_norm, safe_divide, scale
+from msam_optax._base.numerics import add_scaled, global_norm
+from msam_optax.ascents._make import KnownNorm, along
 
 
 class FriendlyAscentState(NamedTuple):
@@ -83,9 +84,9 @@ def friendly(
             rho_state=init_schedule(rho),
         )
 
-    def update_fn(
+    def update_with_norm(
         direction: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, jax.Array, Any]:
         del params
         radius, rho_state = read_schedule(rho, state.rho_state, extra_args)
         # The mean is zero before the first step, so d is the gradient then.
@@ -100,8 +101,8 @@ def friendly(
             state.average,
             direction,
         )
-        epsilon = scale(safe_divide(radius, norm), friendly)
+        epsilon, length = along(radius, norm, friendly)
         started = state.started | finite
-        return epsilon, FriendlyAscentState(average, started, rho_state)
+        return epsilon, length, FriendlyAscentState(average, started, rho_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return KnownNorm.make(init_fn, update_with_norm)

@@ -19,7 +19,7 @@ from msam_optax._base.numerics import (
     statistics_dtype,
     sum_of_scalars,
 )
-from msam_optax.ascents._make import make
+from msam_optax.ascents._make import along, make, make_with_norm
 
 
 def normalized(
@@ -72,13 +72,9 @@ def normalized(
             "optax.inject_hyperparams name it in static_args."
         )
 
-    def perturb(rho: Any, direction: optax.Updates, params: Any) -> optax.Updates:
-        del params
-        if p == 2:
-            return scale(safe_divide(rho, global_norm(direction)), direction)
-        return scale(rho, _dual_direction(direction, p))
-
-    return make(rho, perturb)
+    if p == 2:
+        return make_with_norm(rho, lambda rho, g, params: along(rho, global_norm(g), g))
+    return make(rho, lambda rho, g, params: scale(rho, _dual_direction(g, p)))
 
 
 def loss_equated(
@@ -130,13 +126,15 @@ def loss_equated(
         check_real("sigma", sigma, low=0)
     check_real("rho_max", rho_max, low=0, excluded=0)
 
-    def perturb(sigma: Any, direction: optax.Updates, params: Any) -> optax.Updates:
+    def perturb(
+        sigma: Any, direction: optax.Updates, params: Any
+    ) -> tuple[optax.Updates, jax.Array]:
         del params
         norm = global_norm(direction)
         rho = jnp.minimum(safe_divide(sigma, norm), rho_max)
-        return scale(safe_divide(rho, norm), direction)
+        return along(rho, norm, direction)
 
-    return make(sigma, perturb)
+    return make_with_norm(sigma, perturb)
 
 
 def unnormalized(

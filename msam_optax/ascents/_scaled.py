@@ -16,7 +16,7 @@ from msam_optax._base.numerics import (
     statistics_dtype,
 )
 from msam_optax._base.trees import check_params
-from msam_optax.ascents._make import make
+from msam_optax.ascents._make import along, make, make_with_norm
 
 
 def adaptive(
@@ -275,7 +275,9 @@ def _sized_ascent(
 ) -> optax.GradientTransformationExtraArgs:
     r"""rho T^power g / ‖T g‖ with T = size(w) where mask, and 1 elsewhere."""
 
-    def perturb(rho: Any, direction: optax.Updates, params: Any) -> optax.Updates:
+    def perturb(
+        rho: Any, direction: optax.Updates, params: Any
+    ) -> tuple[optax.Updates, jax.Array]:
         check_params("This ascent scales with the weights", params)
         dtype = statistics_dtype(params)
         of_params = layouts(axes, params)
@@ -296,8 +298,10 @@ def _sized_ascent(
             return jax.tree.map(lambda x, t: x.astype(dtype) * t, tree, t)
 
         weighed = times_t(direction)
-        factor = safe_divide(rho, global_norm(weighed))
-        epsilon = scale(factor, times_t(weighed) if power == 2 else weighed)
-        return optax.tree.cast_like(epsilon, direction)
+        sized = times_t(weighed) if power == 2 else weighed
+        epsilon, length = along(rho, global_norm(weighed), sized)
+        return optax.tree.cast_like(epsilon, direction), length
 
-    return make(rho, perturb)
+    if power == 1:  # else the length is not that of T g
+        return make_with_norm(rho, perturb)
+    return make(rho, lambda rho, g, params: perturb(rho, g, params)[0])

@@ -102,7 +102,7 @@ def alternating_ascent(
         check_params("An alternating ascent moves the parameters", params)
 
         def climb(state: Any) -> Any:
-            epsilon, ascent_state = perturbation(
+            epsilon, _, ascent_state = perturbation(
                 ascent, updates, state.ascent_state, params, **extra_args
             )
             ascended = optax.apply_updates(params, epsilon)

@@ -181,16 +181,18 @@ def ascend(
       ``(ascended, state_after)``; ``state_after(rise)`` is the state, once it is known
       how far the loss rose.
     """
-    epsilon, ascent_state = perturbation(
+    epsilon, norm, ascent_state = perturbation(
         ascent, direction, state.ascent_state, params, **for_the_ascent(extra_args)
     )
     ascended = optax.apply_updates(params, epsilon)
 
-    def state_after(rise: Any) -> SharpnessAwareState:
-        dtype = statistics_dtype(params)
+    if norm is None:
         # Both are there anyway, while of epsilon itself XLA would keep a copy, and
         # another of its square.
         norm = global_norm(optax.tree.sub(ascended, params))
+
+    def state_after(rise: Any) -> SharpnessAwareState:
+        dtype = statistics_dtype(params)
         return SharpnessAwareState(
             ascent_state, norm.astype(dtype), jnp.asarray(rise, dtype)
         )

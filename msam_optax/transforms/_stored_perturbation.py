@@ -66,7 +66,7 @@ def stored_perturbation(
         inner_updates, inner_state = inner.update(
             updates, state.inner_state, clean, **extra_args
         )
-        ascended, ascent_state = perturbation(
+        ascended, _, ascent_state = perturbation(
             ascent,
             direction.of(inner_state, inner_updates, params),
             state.ascent_state,
