@@ -107,10 +107,15 @@ def draw(rows: Sequence[Mapping[str, Any]], xlabel: str = "ρ") -> Figure:
         ax=left,
     )
     means = common.summarise(parts["test"], ("variant", "rho"), "accuracy")
+    handles, labels = left.get_legend_handles_labels()
+    colors = {
+        label: bars.lines[0].get_color()
+        for label, bars in zip(labels, handles, strict=True)
+    }
     for place, (name, rho) in enumerate(means):
         found = means[name, rho]
         mean, interval = 100 * found.mean, 100 * found.interval
-        right.errorbar(place, mean, interval, fmt="o", capsize=3, color=f"C{place}")
+        right.errorbar(place, mean, interval, fmt="o", capsize=3, color=colors[name])
     right.set_xticks(range(len(means)), [f"{name}\nρ={rho:g}" for name, rho in means])
     right.set_xlim(-0.5, len(means) - 0.5)
     right.set_ylabel("test accuracy (%)")

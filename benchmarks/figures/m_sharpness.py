@@ -25,7 +25,7 @@ from benchmarks.tasks import optimizers, runs
 
 BATCH = 128
 EXAMPLES = (128, 32, 8)
-RHOS = (0.1, 0.2, 0.5, 1.0)
+RHOS = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def make_run(problem: runs.Problem, examples: int) -> runs.Run:
