@@ -112,12 +112,7 @@ def _parser() -> arguments.Parser:
     running.add_argument(
         "--quick", action="store_true", help="tiny pieces, to see that all of it works"
     )
-    running.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder to write to (default: runs/accelerator)",
-    )
+    arguments.add_out(running, "runs/accelerator")
     return parser
 
 

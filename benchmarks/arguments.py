@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jax.sharding import Mesh
@@ -32,6 +33,25 @@ def positive_integer(text: str) -> int:
             f"a whole number of at least 1 is needed, but {text!r} was given."
         )
     return value
+
+
+def folder(text: str) -> Path:
+    """Reads the path of a folder, which need not be there yet."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder to write to.")
+    return path
+
+
+def add_out(parser: argparse.ArgumentParser, default: Path | str) -> None:
+    """Adds ``--out``; a default in words is for the command to fill in."""
+    parser.add_argument(
+        "--out",
+        type=folder,
+        metavar="DIR",
+        default=default if isinstance(default, Path) else None,
+        help=f"folder to write to (default: {default})",
+    )
 
 
 def finite(text: str) -> float:

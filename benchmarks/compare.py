@@ -162,12 +162,7 @@ def _parser() -> arguments.Parser:
         metavar="RATE",
         help="of every optimizer, in the place of the tuned ones",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder to write to (default: runs/<dataset>-<model>)",
-    )
+    arguments.add_out(parser, "runs/<dataset>-<model>")
     parser.add_argument(
         "--distributed",
         action="store_true",

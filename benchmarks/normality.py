@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments.Parser((__doc__ or "").partition("\n")[0])
     rows = optimizers.RESULTS / "figures" / "policy_trace.csv"
     parser.add_argument("--rows", type=Path, default=rows)
-    parser.add_argument("--out", type=Path, default=Path("runs/studies/normality"))
+    arguments.add_out(parser, Path("runs/studies/normality"))
     args = parser.parse_args(argv)
     with args.rows.open(newline="", encoding="utf-8") as file:
         left = standardised(csv.DictReader(file))

@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="a few steps on small digits: minutes"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/studies/radius"))
+    arguments.add_out(parser, Path("runs/studies/radius"))
     args = parser.parse_args(argv)
     provenance = report.provenance("radius.py", argv)
     record = Record(args.out / "validation.jsonl", (*Point._fields, "seed"))

@@ -254,13 +254,7 @@ def _parser() -> arguments.Parser:
         action="store_true",
         help="tiny models and few rounds, to see that all of it works",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=optimizers.RESULTS / "scaling",
-        help="folder to write to (default: %(default)s)",
-    )
+    arguments.add_out(parser, optimizers.RESULTS / "scaling")
     return parser
 
 

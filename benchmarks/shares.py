@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments.Parser((__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=arguments.positive_integer, default=2)
     parser.add_argument("--epochs", type=arguments.positive_integer, default=30)
-    parser.add_argument("--out", type=Path, default=Path("runs/studies/shares"))
+    arguments.add_out(parser, Path("runs/studies/shares"))
     args = parser.parse_args(argv)
     tuned, _ = optimizers.load_studied("mnist5k", "mlp")
     setting = tuned.get("ae_sam") or optimizers.untuned("ae_sam")

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--quick", action="store_true", help="one epoch on small digits: a minute"
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--out", type=Path, default=Path("runs/studies/sharpness"))
+    arguments.add_out(parser, Path("runs/studies/sharpness"))
     args = parser.parse_args(argv)
     quick: dict[str, Any] = {"epochs": 1, "dataset": "digits"} if args.quick else {}
     problem = problems.digits(**quick)

@@ -328,13 +328,7 @@ def _parser() -> arguments.Parser:
         help="also measure PyTorch's optimizers, with an interpreter that has torch "
         "and pytorch_optimizer",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=optimizers.RESULTS / "step_cost",
-        help="folder to write to (default: %(default)s)",
-    )
+    arguments.add_out(parser, optimizers.RESULTS / "step_cost")
     return parser
 
 

@@ -288,12 +288,7 @@ def _parser() -> arguments.Parser:
         metavar="M",
         help="stop after the run that ends later; the same command goes on",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder to write to (default: runs/studies/<study>)",
-    )
+    arguments.add_out(parser, "runs/studies/<study>")
     return parser
 
 

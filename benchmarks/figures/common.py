@@ -155,13 +155,7 @@ def open_study(
     )
     arguments.add_task_arguments(parser, seeds=chosen["seeds"], weight_decay=None)
     parser.set_defaults(**chosen)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/figures"),
-        metavar="DIR",
-        help="folder to write to (default: %(default)s)",
-    )
+    arguments.add_out(parser, Path("runs/figures"))
     args = parser.parse_args(argv, argparse.Namespace(argv=list(argv)))
     return Study(
         name=Path(script).stem,
