@@ -112,7 +112,7 @@ def _parser() -> arguments.Parser:
     running.add_argument(
         "--quick", action="store_true", help="tiny pieces, to see that all of it works"
     )
-    arguments.add_out(running, "runs/accelerator")
+    arguments.add_out(running, told="runs/accelerator[-quick]")
     return parser
 
 

@@ -43,14 +43,22 @@ def folder(text: str) -> Path:
     return path
 
 
-def add_out(parser: argparse.ArgumentParser, default: Path | str) -> None:
-    """Adds ``--out``; a default in words is for the command to fill in."""
+def add_out(
+    parser: argparse.ArgumentParser, default: Path | None = None, told: str = ""
+) -> None:
+    """Adds ``--out``.
+
+    Args:
+      parser: to add it to.
+      default: None where it hangs on other arguments.
+      told: what it is then, in words.
+    """
     parser.add_argument(
         "--out",
         type=folder,
         metavar="DIR",
-        default=default if isinstance(default, Path) else None,
-        help=f"folder to write to (default: {default})",
+        default=default,
+        help=f"folder to write to (default: {default or told})",
     )
 
 

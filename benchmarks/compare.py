@@ -162,7 +162,7 @@ def _parser() -> arguments.Parser:
         metavar="RATE",
         help="of every optimizer, in the place of the tuned ones",
     )
-    arguments.add_out(parser, "runs/<dataset>-<model>")
+    arguments.add_out(parser, told="runs/<dataset>-<model>")
     parser.add_argument(
         "--distributed",
         action="store_true",

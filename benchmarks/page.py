@@ -18,11 +18,10 @@ from rich.console import Console
 from benchmarks import arguments, tune
 from benchmarks.reports import report, studies
 from benchmarks.tasks import optimizers
-from benchmarks.tasks.policies import SHARES
 from benchmarks.tasks.records import Record
 
-# What the studies of policies begin with, by task
-POLICIES = {"digits": "policies", "clothes": "fashion-policies"}
+# Tasks of the studies of policies, by what their names begin with
+POLICIES = {"policies": "digits", "fashion-policies": "clothes"}
 START, END = "<!-- table: python benchmarks/page.py -->", "<!-- end of the table -->"
 
 
@@ -88,7 +87,9 @@ def policies(found: Mapping[str, Mapping[str, Sequence[Result]]]) -> Figure:
     width = max(map(len, found.values()))
     figure = Figure(figsize=(3 * width + 1, 3.2 * len(found)), dpi=150)
     figure.set_layout_engine("constrained")
-    panels = figure.subplots(len(found), width, squeeze=False, sharey=True)
+    panels = figure.subplots(
+        len(found), width, squeeze=False, sharex="row", sharey=True
+    )
     for (task, shares), row in zip(found.items(), panels, strict=True):
         for axes in row[len(shares) :]:
             axes.set_axis_off()
@@ -105,7 +106,7 @@ def policies(found: Mapping[str, Mapping[str, Sequence[Result]]]) -> Figure:
                     color="C0" if abs(mean) > half else "0.5",
                 )
             axes.axvline(0, color="0.6", linewidth=0.8)
-            axes.set_title(f"{task}, SAM on {share}% of the steps", fontsize=10)
+            axes.set_title(f"{task}, the coin on {share}% of the steps", fontsize=9)
             axes.set_xlabel("test accuracy over the coin, points", fontsize=8)
     panels[0, 0].set_yticks(range(len(names)), names)
     panels[0, 0].invert_yaxis()
@@ -155,11 +156,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = results(folder / "digits", "accuracy")
     gain_against_cost(found).savefig(folder / "gain_against_cost.png")
     shares: dict[str, dict[str, Any]] = {}
-    for task, prefix in POLICIES.items():
-        for percent in (f"{100 * share:.0f}" for share in SHARES):
-            study = folder / f"{prefix}-{percent}"
-            if (study / "chosen.json").is_file():
-                shares.setdefault(task, {})[percent] = results(study, "accuracy")
+    for name in tune.STUDIES:
+        prefix, _, percent = name.rpartition("-")
+        if prefix in POLICIES and (folder / name / "chosen.json").is_file():
+            own = results(folder / name, "accuracy")
+            shares.setdefault(POLICIES[prefix], {})[percent] = own
     if shares:
         policies(shares).savefig(folder / "policies.png")
     Console().print(f"Written: {readme}", soft_wrap=True)

@@ -133,25 +133,24 @@ _DIGITS = Study(
 )
 
 
-def _policies(name: str, task: Study, space: Space, plan: Plan) -> dict[str, Study]:
+def _policies(name: str, task: Study, space: Space) -> dict[str, Study]:
     """On a study's task all policies at each share of SAM steps, over a coin.
 
     Args:
       name: what the studies' names begin with.
-      task: the study whose problem it is.
+      task: the study whose problem and plan it is.
       space: around what is best for SAM on every step.
-      plan: of the search.
     """
-    made = {}
-    for share in SHARES:
-        contenders = {
-            policy: Contender(build, space)
-            for policy, build in policies.at_share(share).items()
-        }
-        made[f"{name}-{100 * share:.0f}"] = task._replace(
-            contenders=contenders, plan=plan, seeds=30
+    return {
+        f"{name}-{100 * share:.0f}": task._replace(
+            contenders={
+                policy: Contender(build, space)
+                for policy, build in policies.at_share(share).items()
+            },
+            seeds=30,
         )
-    return made
+        for share in SHARES
+    }
 
 
 STUDIES = {
@@ -174,9 +173,8 @@ STUDIES = {
     ),
     **_policies(
         "policies",
-        _DIGITS,
+        _DIGITS._replace(plan=Plan(first=8, near=(3,), rungs=((3, 3),), moves=2)),
         Space(axis(0.01, 0.1, (1, 3)), axis(0.01, 0.05), axis(0.2, 1.0)),
-        Plan(first=8, near=(3,), rungs=((3, 3),), moves=2),
     ),
     "fine-tuning": Study(
         problem=fine_tuning,
@@ -192,7 +190,6 @@ STUDIES = {
         "fashion-policies",
         _fashion(0.2),
         Space(axis(0.1, 0.3, (1, 3)), axis(0.0005, 0.005), axis(0.1, 0.5)),
-        Plan(first=6, near=(2,), rungs=((2, 2),), moves=1),
     ),
     "characters": Study(
         problem=problems.characters,
@@ -288,7 +285,7 @@ def _parser() -> arguments.Parser:
         metavar="M",
         help="stop after the run that ends later; the same command goes on",
     )
-    arguments.add_out(parser, "runs/studies/<study>")
+    arguments.add_out(parser, told="runs/studies/<study>")
     return parser
 
 

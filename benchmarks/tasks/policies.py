@@ -13,7 +13,7 @@ SHARES = (0.1, 0.25, 0.5)
 
 # AE-SAM's thresholds, lambda_1 = shift - 1 and lambda_2 = shift + 1, at which about
 # these shares of the steps took the second gradient at the settings that are best for
-# `digits`; see results/studies/shares.
+# `digits`; see results/studies/shares. On another task the share is what comes out.
 SHIFTS = {0.1: 1.5, 0.25: 0.7, 0.5: -0.2}
 
 

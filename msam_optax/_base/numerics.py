@@ -35,6 +35,12 @@ def statistics_dtype(tree: Any) -> jnp.dtype:
     return dtype
 
 
+def is_short(leaf: Any) -> bool:
+    """Whether an array has fewer than 32 bits, so that it rounds what is put on it."""
+    dtype = jnp.result_type(leaf)
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).bits < 32
+
+
 def sum_of_squares(tree: Any) -> jax.Array:
     """Squared l2 norm over all leaves together.
 

@@ -8,11 +8,10 @@ import optax
 
 from msam_optax._base.hyperparams import ScalarOrSchedule, check_real
 from msam_optax._base.numerics import (
+    global_norm,
     safe_divide,
-    safe_sqrt,
     scale,
     statistics_dtype,
-    vdot,
 )
 from msam_optax.ascents._make import make
 
@@ -59,12 +58,12 @@ def fisher(
 
     def perturb(rho: Any, direction: optax.Updates, params: Any) -> optax.Updates:
         del params
-        dtype = statistics_dtype(direction)
-        natural = jax.tree.map(
-            lambda g: g.astype(dtype) / (1 + eta * jnp.square(g.astype(dtype))),
-            direction,
-        )
-        length = safe_sqrt(vdot(direction, natural))
+        g = optax.tree.cast(direction, statistics_dtype(direction))
+        f = jax.tree.map(lambda g: 1 + eta * jnp.square(g), g)
+        # The length is that of F^(-1/2) g. As the product of g and F^(-1) g XLA would
+        # keep the quotient of each tensor, for it and for epsilon.
+        length = global_norm(jax.tree.map(lambda g, f: g / jnp.sqrt(f), g, f))
+        natural = jax.tree.map(jnp.divide, g, f)
         return optax.tree.cast_like(scale(safe_divide(rho, length), natural), direction)
 
     return make(rho, perturb)

@@ -14,7 +14,7 @@ from msam_optax._base.hyperparams import (
     read_schedule,
 )
 from msam_optax._base.numerics import add_scaled, global_norm
-from msam_optax.ascents._make import KnownNorm, along
+from msam_optax.ascents._make import TellsNorm, along
 
 
 class FriendlyAscentState(NamedTuple):
@@ -84,7 +84,7 @@ def friendly(
             rho_state=init_schedule(rho),
         )
 
-    def update_with_norm(
+    def with_norm(
         direction: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, jax.Array, Any]:
         del params
@@ -105,4 +105,4 @@ def friendly(
         started = state.started | finite
         return epsilon, length, FriendlyAscentState(average, started, rho_state)
 
-    return KnownNorm.make(init_fn, update_with_norm)
+    return optax.GradientTransformationExtraArgs(init_fn, TellsNorm(with_norm))

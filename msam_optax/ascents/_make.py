@@ -1,6 +1,7 @@
 """What all ascents share: rho is read, and what an ascent leaves alone stays."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,37 +23,25 @@ Perturb = Callable[[Any, optax.Updates, Any], optax.Updates]
 PerturbWithNorm = Callable[[Any, optax.Updates, Any], tuple[optax.Updates, jax.Array]]
 
 
-class KnownNorm(optax.GradientTransformationExtraArgs):
-    """An ascent that tells the l2 norm of its epsilon, so that nobody measures it.
+@dataclass(frozen=True)
+class TellsNorm:
+    """The update of an ascent that knows the l2 norm of its epsilon.
 
-    A norm for the metrics alone is one more pass over all parameters, and at 1,600
-    tensors takes XLA for CPU as long to compile as all else in a step of SAM.
+    A norm that is measured for the metrics alone is one more pass over all parameters,
+    and at 1,600 tensors takes XLA for CPU as long to compile as all else in a step of
+    SAM.
 
     Attributes:
-      update_with_norm: as update, to ``(epsilon, norm, state)``.
+      with_norm: as an update, to ``(epsilon, norm, state)``.
     """
 
-    update_with_norm: Callable[..., tuple[optax.Updates, jax.Array, optax.OptState]]
+    with_norm: Callable[..., tuple[optax.Updates, jax.Array, optax.OptState]]
 
-    @classmethod
-    def make(
-        cls,
-        init: optax.TransformInitFn,
-        update_with_norm: Callable[
-            ..., tuple[optax.Updates, jax.Array, optax.OptState]
-        ],
-    ) -> "KnownNorm":
-        """The ascent of an update that tells the norm."""
-
-        def update(
-            direction: Any, state: Any, params: Any = None, **extra_args: Any
-        ) -> tuple[Any, Any]:
-            epsilon, _, state = update_with_norm(direction, state, params, **extra_args)
-            return epsilon, state
-
-        ascent = cls(init, update)
-        ascent.update_with_norm = update_with_norm
-        return ascent
+    def __call__(
+        self, direction: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        epsilon, _, state = self.with_norm(direction, state, params, **extra_args)
+        return epsilon, state
 
 
 def perturbation(
@@ -69,8 +58,8 @@ def perturbation(
     the raw gradient a perturbation.
     """
     check_masked(state)
-    if isinstance(ascent, KnownNorm):
-        return ascent.update_with_norm(direction, state, params, **extra_args)
+    if isinstance(ascent.update, TellsNorm):
+        return ascent.update.with_norm(direction, state, params, **extra_args)
     epsilon, state = ascent.update(direction, state, params, **extra_args)
     epsilon = jax.tree.map(
         lambda e, g: jnp.zeros_like(e) if e is g else e, epsilon, direction
@@ -121,17 +110,17 @@ def make(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def make_with_norm(rho: ScalarOrSchedule, perturb: PerturbWithNorm) -> KnownNorm:
+def make_with_norm(
+    rho: ScalarOrSchedule, perturb: PerturbWithNorm
+) -> optax.GradientTransformationExtraArgs:
     """As `make`, for a perturb that tells the norm of epsilon, too."""
-    check_scalar_or_schedule("rho", rho)
+    ascent = make(rho, perturb)
 
-    def update_with_norm(
-        direction: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, jax.Array, Any]:
-        radius, state = read_schedule(rho, state, extra_args)
-        return *perturb(radius, direction, params), state
+    def with_norm(*args: Any, **extra_args: Any) -> tuple[Any, jax.Array, Any]:
+        (epsilon, norm), state = ascent.update(*args, **extra_args)
+        return epsilon, norm, state
 
-    return KnownNorm.make(lambda params: init_schedule(rho), update_with_norm)
+    return optax.GradientTransformationExtraArgs(ascent.init, TellsNorm(with_norm))
 
 
 def along(
@@ -139,4 +128,6 @@ def along(
 ) -> tuple[optax.Updates, jax.Array]:
     """radius · direction / norm and its norm, of a direction of that norm."""
     factor = safe_divide(radius, norm)
-    return scale(factor, direction), jnp.abs(factor) * norm
+    # Where the norm overflows epsilon is 0.
+    length = jnp.abs(factor) * jnp.where(norm < jnp.inf, norm, 0)
+    return scale(factor, direction), length

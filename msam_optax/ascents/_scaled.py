@@ -69,7 +69,7 @@ def adaptive(
       ``adaptive(rho, mask=lambda params: True)``.
     """
     check_real("eta", eta, low=0.0)
-    return _sized_ascent(rho, lambda layout, w: jnp.abs(w) + eta, mask, axes, power=2)
+    return _sized_ascent(rho, lambda layout, w: jnp.abs(w) + eta, mask, axes)
 
 
 def filterwise(
@@ -111,9 +111,7 @@ def filterwise(
       Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization
       <https://arxiv.org/abs/2102.11600>`_, 2021.
     """
-    return _sized_ascent(
-        rho, lambda layout, w: layout.filter_norm(w), mask, axes, power=2
-    )
+    return _sized_ascent(rho, lambda layout, w: layout.filter_norm(w), mask, axes)
 
 
 def weight_scaled(
@@ -149,7 +147,19 @@ def weight_scaled(
       Becker, Altrock and Risse, `Momentum-SAM <https://arxiv.org/abs/2401.12033>`_,
       2024, table 3.
     """
-    return _sized_ascent(rho, lambda _, w: jnp.abs(w), lambda params: True, None, 1)
+
+    def perturb(
+        rho: Any, direction: optax.Updates, params: Any
+    ) -> tuple[optax.Updates, jax.Array]:
+        check_params("This ascent scales with the weights", params)
+        dtype = statistics_dtype(params)
+        weighed = jax.tree.map(
+            lambda g, w: g.astype(dtype) * jnp.abs(w.astype(dtype)), direction, params
+        )
+        epsilon, norm = along(rho, global_norm(weighed), weighed)
+        return optax.tree.cast_like(epsilon, direction), norm
+
+    return make_with_norm(rho, perturb)
 
 
 def layerwise(
@@ -271,13 +281,10 @@ def _sized_ascent(
     size: Callable[[Layout, jax.Array], jax.Array],
     mask: Any,
     axes: AxesLike,
-    power: int,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""rho T^power g / ‖T g‖ with T = size(w) where mask, and 1 elsewhere."""
+    r"""rho T^2 g / ‖T g‖ with T = size(w) where mask, and 1 elsewhere."""
 
-    def perturb(
-        rho: Any, direction: optax.Updates, params: Any
-    ) -> tuple[optax.Updates, jax.Array]:
+    def perturb(rho: Any, direction: optax.Updates, params: Any) -> optax.Updates:
         check_params("This ascent scales with the weights", params)
         dtype = statistics_dtype(params)
         of_params = layouts(axes, params)
@@ -298,10 +305,8 @@ def _sized_ascent(
             return jax.tree.map(lambda x, t: x.astype(dtype) * t, tree, t)
 
         weighed = times_t(direction)
-        sized = times_t(weighed) if power == 2 else weighed
-        epsilon, length = along(rho, global_norm(weighed), sized)
-        return optax.tree.cast_like(epsilon, direction), length
+        factor = safe_divide(rho, global_norm(weighed))
+        epsilon = scale(factor, times_t(weighed))
+        return optax.tree.cast_like(epsilon, direction)
 
-    if power == 1:  # else the length is not that of T g
-        return make_with_norm(rho, perturb)
-    return make(rho, lambda rho, g, params: perturb(rho, g, params)[0])
+    return make(rho, perturb)

@@ -2,7 +2,8 @@
 
 XLA for CPU runs the gradient of a convolution many times slower inside a ``cond``
 than outside. There the host has to read the decision and run one of two programs:
-before the gradient where the decision hangs on the step alone, and else behind it.
+before the gradient where the decision hangs on the optimizer's state alone, as every
+k-th step's does, and else behind it.
 Everywhere else a ``cond`` costs nothing, and the host's reading does.
 """
 
@@ -48,7 +49,7 @@ class Dispatcher:
         self._asked = asked
         self._gradient = gradient
         self._decision = decision
-        self._foreseen: bool | None = None
+        self._foreseen: dict[Any, bool] = {}
         self._places: int | None = None
         self._by_shapes: dict[Any, Dispatch] = {}
 
@@ -74,32 +75,31 @@ class Dispatcher:
             return Dispatch("in_graph", "the optimizer employs in several places")
         if self._asked == "host":
             return Dispatch("host", "as asked for")
-        # The shapes of a batch tell when the loss is traced anew. Those of a model do
-        # not change between the steps of a training.
-        shapes = tuple(getattr(x, "shape", ()) for x in jax.tree.leaves(batch))
+        shapes = _shapes(batch)
         if shapes not in self._by_shapes:
             self._by_shapes[shapes] = self._by_program(state, batch, key)
         return self._by_shapes[shapes]
 
     def foreseen(self, state: TrainState, batch: Any, key: Any) -> bool:
-        """Whether the decision is known before the gradient.
+        """Whether the decision hangs on the optimizer's state alone.
 
-        As those of a coin or of every k-th step are, which hang on nothing but the
-        number of the step in the optimizer's state. Not of a loss that prints or calls
-        back: it would do so twice.
+        As a coin's or every k-th step's does, on the number of the step. Not where the
+        loss prints or calls back, for it would do so twice.
         """
-        if self._foreseen is None:
+        shapes = _shapes(batch)
+        if shapes not in self._foreseen:
             jaxpr = self._decision(state, batch, key)
-            used = inputs_used(jaxpr)
-            first = len(jax.tree.leaves(state.params))
-            last = first + len(jax.tree.leaves(state.opt_state))
-            self._foreseen = not (jaxpr.effects or any(used[:first] + used[last:]))
-        return self._foreseen
+            arguments = jax.tree.structure((state, batch, key))
+            used, *others = jax.tree.unflatten(arguments, inputs_used(jaxpr))
+            elsewhere = jax.tree.leaves((used._replace(opt_state=()), others))
+            self._foreseen[shapes] = not (jaxpr.effects or any(elsewhere))
+        return self._foreseen[shapes]
 
     def forget(self) -> None:
         """Asks anew at the next step: what was asked about failed."""
-        self._places = self._foreseen = None
+        self._places = None
         self._by_shapes.clear()
+        self._foreseen.clear()
 
     def _refuse_host(self, why: str) -> None:
         if self._asked == "host":
@@ -148,6 +148,14 @@ def inputs_used(jaxpr: Jaxpr) -> list[bool]:
         if not needed.isdisjoint(equation.outvars):
             needed.update(v for v in equation.invars if isinstance(v, Var))
     return [v in needed for v in jaxpr.invars]
+
+
+def _shapes(batch: Any) -> tuple[Any, ...]:
+    """What tells when the loss is traced anew.
+
+    The shapes of a model do not change between the steps of a training.
+    """
+    return tuple(getattr(x, "shape", ()) for x in jax.tree.leaves(batch))
 
 
 def _on_cpu(tree: Any) -> bool:

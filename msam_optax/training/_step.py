@@ -52,9 +52,9 @@ class TrainStep:
         self._loss_scaling = loss_scaling
         donated = (0,) if donate else ()
         self._in_graph = jax.jit(self._whole, donate_argnums=donated)
-        self._first_half = jax.jit(self._decide, static_argnames="foreseen")
-        self._second_half = jax.jit(
-            self._finish, static_argnames="employed", donate_argnums=donated
+        self._decide = jax.jit(self._decided, static_argnames="foreseen")
+        self._finish = jax.jit(
+            self._finished, static_argnames="employed", donate_argnums=donated
         )
         self._dispatcher = Dispatcher(dispatch, gradients.jaxpr, self._decision)
 
@@ -75,11 +75,11 @@ class TrainStep:
             if self.dispatch(state, batch, key).where == "in_graph":
                 return self._in_graph(state, batch, key)
             foreseen = self._dispatcher.foreseen(state, batch, key)
-            clean, employed = self._first_half(state, batch, key, foreseen=foreseen)
+            clean, employed = self._decide(state, batch, key, foreseen=foreseen)
             # Else it would only take time.
             if jax.config.jax_debug_key_reuse:  # type: ignore[attr-defined]
                 key = used_again(key)
-            return self._second_half(state, clean, batch, key, employed=bool(employed))
+            return self._finish(state, clean, batch, key, employed=bool(employed))
         except Exception as error:
             self._dispatcher.forget()
             check_state(self._loss_scaling, state)
@@ -117,19 +117,19 @@ class TrainStep:
         if self.dispatch(state, batch, key).where == "in_graph":
             return LoweredStep({"step": self._in_graph.lower(state, batch, key)})
         foreseen = self._dispatcher.foreseen(state, batch, key)
-        first_half = partial(self._first_half, foreseen=foreseen)
-        clean, _ = jax.eval_shape(first_half, state, batch, key)
+        decide = partial(self._decide, foreseen=foreseen)
+        clean, _ = jax.eval_shape(decide, state, batch, key)
         plain, employed = (
-            self._second_half.lower(state, clean, batch, key, employed=choice)
+            self._finish.lower(state, clean, batch, key, employed=choice)
             for choice in (False, True)
         )
-        decide = self._first_half.lower(state, batch, key, foreseen=foreseen)
-        return LoweredStep({"decide": decide, "plain": plain, "employed": employed})
+        first = self._decide.lower(state, batch, key, foreseen=foreseen)
+        return LoweredStep({"decide": first, "plain": plain, "employed": employed})
 
     def _whole(self, state: TrainState, batch: Any, key: Any) -> Any:
-        return self._finish(state, None, batch, key)
+        return self._finished(state, None, batch, key)
 
-    def _decide(self, state: TrainState, batch: Any, key: Any, foreseen: bool) -> Any:
+    def _decided(self, state: TrainState, batch: Any, key: Any, foreseen: bool) -> Any:
         clean = self._gradients.clean_pass(state, batch, key)
         # Of this update only the decision is returned: XLA drops all else, and where
         # that is foreseen the gradient, too.
@@ -139,7 +139,7 @@ class TrainStep:
 
     def _decision(self, state: TrainState, batch: Any, key: Any) -> Any:
         """The decision alone, as JAX traced it."""
-        return self._first_half.trace(state, batch, key, foreseen=True).jaxpr.jaxpr
+        return self._decide.trace(state, batch, key, foreseen=True).jaxpr.jaxpr
 
     def _update(
         self,
@@ -157,7 +157,7 @@ class TrainStep:
             clean.grads, state.opt_state, state.params, **extra_args
         )
 
-    def _finish(
+    def _finished(
         self,
         state: TrainState,
         clean: CleanPass | None,
@@ -239,8 +239,9 @@ def make_train_step(
     a convolution's gradient many times slower inside a ``cond``. From the *host*, the
     step is two programs: the clean gradient with the policy's decision, and, once that
     is read, an update compiled with or without the extra gradient. A decision that
-    hangs on the step alone is read first, and all else is the second program. Every way
-    costs 1 + f gradients for a fraction f of employed steps.
+    hangs on the optimizer's state alone, as every k-th step's, is read first, and all
+    else is the second program. Every way costs 1 + f gradients for a fraction f of
+    employed steps.
 
     Args:
       loss_fn: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state,

@@ -32,7 +32,12 @@ from msam_optax._base.hyperparams import (
     read_schedule,
     static_value,
 )
-from msam_optax._base.numerics import global_norm, safe_divide, statistics_dtype
+from msam_optax._base.numerics import (
+    global_norm,
+    is_short,
+    safe_divide,
+    statistics_dtype,
+)
 from msam_optax._base.trees import check_params, check_state
 from msam_optax.transforms._direction import along_momentum
 from msam_optax.transforms._find_momentum import add_momentum, find_momentum
@@ -42,7 +47,6 @@ from msam_optax.transforms._perturbed_states import (
 )
 from msam_optax.transforms._stored_perturbation import (
     WHY_PARAMS,
-    is_short,
     stored_perturbation,
 )
 

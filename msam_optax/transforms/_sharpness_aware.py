@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from msam_optax._base.hyperparams import check_transformation
-from msam_optax._base.numerics import global_norm, statistics_dtype
+from msam_optax._base.numerics import global_norm, is_short, statistics_dtype
 from msam_optax._base.trees import check_init, check_params, check_state
 from msam_optax.ascents._make import perturbation
 from msam_optax.combine import Combine
@@ -24,7 +24,8 @@ class SharpnessAwareState(NamedTuple):
 
     Attributes:
       ascent_state: state of the ascent.
-      perturbation_norm: float32 scalar, l2 norm of the last epsilon.
+      perturbation_norm: float32 scalar, l2 norm of the last epsilon; where weights have
+        fewer than 32 bits, of what rounding left of it.
       sharpness: float32 scalar, L(w + epsilon) - L(w) of the batch at the last epsilon;
         0 where the two losses were not handed in.
     """
@@ -186,7 +187,8 @@ def ascend(
     )
     ascended = optax.apply_updates(params, epsilon)
 
-    if norm is None:
+    if norm is None or any(map(is_short, jax.tree.leaves(params))):
+        # As it came about, for rounding takes some or all of it from short weights.
         # Both are there anyway, while of epsilon itself XLA would keep a copy, and
         # another of its square.
         norm = global_norm(optax.tree.sub(ascended, params))

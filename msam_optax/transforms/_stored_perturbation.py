@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from msam_optax._base.numerics import is_short
 from msam_optax._base.trees import check_params, check_state
 from msam_optax.ascents._make import perturbation
 from msam_optax.transforms._direction import Direction
@@ -95,12 +96,6 @@ def stored_perturbation(
         return new_updates, StoredPerturbationState(inner_state, epsilon, ascent_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def is_short(leaf: Any) -> bool:
-    """Whether an array has fewer than 32 bits, so that it rounds what is put on it."""
-    dtype = jnp.result_type(leaf)
-    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).bits < 32
 
 
 def _came_about(param: Any, change: Any, update: Any, epsilon: Any) -> jax.Array:

@@ -10,7 +10,7 @@ import pytest
 
 import msam_optax as mo
 from msam_optax import ascents
-from msam_optax.ascents._make import KnownNorm
+from msam_optax.ascents._make import TellsNorm
 
 RHO = 0.3
 PARAMS = {"w": np.array([[1.0, -2.0], [0.5, 3.0]]), "b": np.array([0.1, -0.4])}
@@ -45,12 +45,12 @@ def as_arrays(tree: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 def test_the_known_norm_is_that_of_epsilon(x64, name):
     params, grads = as_arrays(PARAMS), as_arrays(GRADS)
     ascent = KNOWN[name]()
-    assert isinstance(ascent, KnownNorm)
+    assert isinstance(ascent.update, TellsNorm)
     state = ascent.init(params)
     for factor in (1.0, 2.0, -0.1):
         direction = jax.tree.map(lambda g, f=factor: f * g, grads)
         plain, _ = ascent.update(direction, state, params)
-        epsilon, norm, state = ascent.update_with_norm(direction, state, params)
+        epsilon, norm, state = ascent.update.with_norm(direction, state, params)
         for one, other in zip(plain.values(), epsilon.values(), strict=True):
             np.testing.assert_array_equal(one, other)
         np.testing.assert_allclose(norm, optax.tree.norm(epsilon), rtol=1e-14)
@@ -61,10 +61,35 @@ def test_the_known_norm_is_that_of_epsilon(x64, name):
 def test_a_zero_direction_has_an_epsilon_of_norm_zero(name):
     params = as_arrays(PARAMS)
     ascent = KNOWN[name]()
-    assert isinstance(ascent, KnownNorm)
+    assert isinstance(ascent.update, TellsNorm)
     zero = jax.tree.map(jnp.zeros_like, params)
-    _, norm, _ = ascent.update_with_norm(zero, ascent.init(params), params)
+    _, norm, _ = ascent.update.with_norm(zero, ascent.init(params), params)
     assert norm == 0
+
+
+@pytest.mark.parametrize("name", ["normalized", "loss_equated", "friendly"])
+def test_a_direction_whose_norm_overflows_has_an_epsilon_of_norm_zero(name):
+    params = {"w": jnp.ones(3)}
+    ascent = KNOWN[name]()
+    assert isinstance(ascent.update, TellsNorm)
+    large = {"w": jnp.full(3, 1e30)}
+    epsilon, norm, _ = ascent.update.with_norm(large, ascent.init(params), params)
+    assert norm == 0 == jnp.abs(epsilon["w"]).max()
+
+
+def test_of_short_weights_is_told_what_rounding_left():
+    params = {"w": jnp.full(10_000, 1.0, jnp.bfloat16)}
+    tx = mo.sharpness_aware_gradient(ascents.normalized(0.1))  # entries of 0.001
+    _, state = tx.update(params, tx.init(params), params, grad_fn=lambda p: p)
+    assert state.perturbation_norm == 0
+
+
+def test_an_update_put_in_its_place_is_not_known():
+    known = ascents.normalized(RHO)
+    half = known._replace(update=lambda g, s, p, **_: (jax.tree.map(jnp.sign, g), s))
+    tx, params = mo.sharpness_aware_gradient(half), jnp.array([3.0, 4.0])
+    _, state = tx.update(params, tx.init(params), params, grad_fn=lambda p: p)
+    np.testing.assert_allclose(state.perturbation_norm, np.sqrt(2))
 
 
 @pytest.mark.parametrize("name", [*KNOWN, *MEASURED])

@@ -173,6 +173,30 @@ def test_an_optimizer_that_employs_nothing_is_asked_nothing(monkeypatch):
     step(state, jnp.eye(3), None)
 
 
+def test_a_step_does_not_leave_the_trace_to_ask_whether_there_is_one(monkeypatch):
+    step = mo.make_train_step(quadratic_loss, ae_sam())
+    state, _ = step(state_of(ae_sam()), jnp.eye(3), None)
+    monkeypatch.delattr("jax.core.eval_context")
+    state, _ = step(state, jnp.eye(3), None)
+    jax.eval_shape(step, state, jnp.eye(3), None)
+
+
+@pytest.mark.parametrize("dispatch", ["in_graph", "host"])
+def test_what_is_asked_for_is_done(conds, dispatch):
+    step = mo.make_train_step(quadratic_loss, ae_sam(), dispatch=dispatch)
+    state = state_of(ae_sam())
+    assert step.dispatch(state, jnp.eye(3), None) == (dispatch, "as asked for")
+    step(state, jnp.eye(3), None)
+    assert bool(conds) == (dispatch == "in_graph")
+
+
+def test_auto_takes_two_policies_in_graph(conds):
+    step = mo.make_train_step(convolving_loss, two_employs())
+    _, metrics = step(state_of(two_employs()), jnp.eye(3), None)
+    assert len(conds) == 2
+    assert metrics.employed
+
+
 # --- What the decision hangs on -------------------------------------------------------
 
 
@@ -191,9 +215,9 @@ FORESEEN: dict[str, tuple[Callable[[], Any], bool]] = {
         True,
     ),
     "injected": (
-        lambda: optax.inject_hyperparams(
-            lambda rho: mo.ss_sam(optax.sgd(0.1), rho), static_args=()
-        )(rho=RHO),
+        lambda: optax.inject_hyperparams(lambda rho: mo.ss_sam(optax.sgd(0.1), rho))(
+            rho=RHO
+        ),
         True,
     ),
     "ae_sam": (ae_sam, False),
@@ -227,6 +251,44 @@ def test_a_decision_by_the_step_alone_is_read_before_the_gradient(name):
         chex.assert_trees_all_close((state, metrics), (other, expected), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["every", "ae_sam"])
+def test_what_is_skipped_with_loss_scaling_is_the_same_from_the_host(name):
+    make, _ = FORESEEN[name]
+    states = []
+    for dispatch in ("host", "in_graph"):
+        step = mo.make_train_step(
+            convolving_loss,
+            make(),
+            dispatch=dispatch,
+            donate=False,
+            loss_scaling=mo.LossScaling(),
+        )
+        state = state_of(make())._replace(loss_scale=mo.LossScaling().init())
+        for size in (1.0, jnp.inf, 1.0, 2.0):
+            state, _ = step(state, size * jnp.eye(3), None)
+        states.append(state)
+    chex.assert_trees_all_close(*states, rtol=1e-5)
+
+
+def test_a_loss_that_calls_back_does_so_once_a_gradient():
+    """Whether it does may hang on the shapes of the batch."""
+    calls = []
+
+    def loss_fn(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+        if len(batch) == 2:
+            jax.debug.callback(lambda: calls.append(1))
+        return quadratic_loss(params, model_state, batch, key)
+
+    tx = employed(mo.policies.every(2))
+    step = mo.make_train_step(loss_fn, tx, dispatch="host", donate=False)
+    state = state_of(tx)
+    for rows in (3, 2, 3, 2, 2):
+        state, _ = step(state, jnp.ones((rows, 3)), None)
+    jax.effects_barrier()
+    # Of the steps with two rows the last one takes a second gradient.
+    assert len(calls) == 3 + 1
+
+
 def test_inputs_are_found_that_outputs_hang_on():
     def program(a, b, c, d):
         called = jax.jit(lambda x, y: (x + 1, y + 1))(b, c)
@@ -239,30 +301,6 @@ def test_inputs_are_found_that_outputs_hang_on():
     assert inputs_used(jaxpr) == [False, True, True, False]
     jaxpr = jax.make_jaxpr(lambda *x: program(*x)[2:])(*4 * [X]).jaxpr
     assert inputs_used(jaxpr) == [False, False, False, True]
-
-
-def test_a_step_does_not_leave_the_trace_to_ask_whether_there_is_one(monkeypatch):
-    step = mo.make_train_step(quadratic_loss, ae_sam())
-    state, _ = step(state_of(ae_sam()), jnp.eye(3), None)
-    monkeypatch.delattr("jax.core.eval_context")
-    state, _ = step(state, jnp.eye(3), None)
-    jax.eval_shape(step, state, jnp.eye(3), None)
-
-
-@pytest.mark.parametrize("dispatch", ["in_graph", "host"])
-def test_what_is_asked_for_is_done(conds, dispatch):
-    step = mo.make_train_step(quadratic_loss, ae_sam(), dispatch=dispatch)
-    state = state_of(ae_sam())
-    assert step.dispatch(state, jnp.eye(3), None) == (dispatch, "as asked for")
-    step(state, jnp.eye(3), None)
-    assert bool(conds) == (dispatch == "in_graph")
-
-
-def test_auto_takes_two_policies_in_graph(conds):
-    step = mo.make_train_step(convolving_loss, two_employs())
-    _, metrics = step(state_of(two_employs()), jnp.eye(3), None)
-    assert len(conds) == 2
-    assert metrics.employed
 
 
 # --- A step inside something else -----------------------------------------------------
