@@ -119,4 +119,4 @@ def test_a_norm_that_ends_in_a_select_grows_with_its_square():
 def test_random_numbers_are_drawn_in_one_loop_for_all_tensors_of_a_shape(name):
     # On its own a draw is some 250 instructions, SAM's step some 60 a tensor.
     program = instructions(around(ASCENTS[name]()), 48)
-    assert program < 2.1 * instructions(build("sam"), 48)
+    assert program < 3 * instructions(build("sam"), 48)
