@@ -109,7 +109,6 @@ def test_the_state_tells_how_far_the_second_gradient_was_taken(x64, name):
 
 
 def test_sams_step_passes_over_the_weights_for_no_metric():
-
     def reductions(ascent: optax.GradientTransformation) -> int:
         tx = mo.sharpness_aware_gradient(ascent)
         params = as_arrays(PARAMS)

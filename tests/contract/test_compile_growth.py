@@ -117,6 +117,8 @@ def test_a_norm_that_ends_in_a_select_grows_with_its_square():
 
 @pytest.mark.parametrize("name", ["random tensors", "random coordinates", "gaussian"])
 def test_random_numbers_are_drawn_in_one_loop_for_all_tensors_of_a_shape(name):
-    # On its own a draw is some 250 instructions, SAM's step some 60 a tensor.
+    # On its own a draw is some 250 instructions, SAM's step some 70 a tensor, with the
+    # norm of epsilon measured, as that of random ones is.
     program = instructions(around(ASCENTS[name]()), 48)
-    assert program < 3 * instructions(build("sam"), 48)
+    measured = optax.chain(ascents.normalized(0.1), optax.identity())
+    assert program < 1.7 * instructions(around(measured), 48)
