@@ -23,8 +23,9 @@ def compiled(name: str, network: Network) -> tuple[Program, Any]:
     jax.clear_caches()
     gc.collect()
     step = msam_optax.make_train_step(network.loss_fn, optimizer, dispatch="in_graph")
+    state = network.state(optimizer)
     begin = time.process_time()
-    lowered = step.lower(network.state(optimizer), network.batch, KEY).programs["step"]
+    lowered = step.lower(state, network.batch, KEY).programs["step"]
     return compile_program(lowered, time.process_time() - begin)
 
 
