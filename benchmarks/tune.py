@@ -195,7 +195,8 @@ STUDIES = {
         problem=problems.characters,
         quick={"steps": 20, "length": 8, "batch": 4},
         contenders={
-            name: Contender(build, space)
+            # What is around Muon is compared with Muon, all else with AdamW.
+            name: Contender(build, space, "muon" if name.startswith("muon,") else None)
             for name, (build, space) in optimizers.AROUND_ADAMW.items()
         },
         plan=Plan(first=8, near=(3,), rungs=((2, 3),), moves=2),
