@@ -132,19 +132,25 @@ _DIGITS = Study(
     score="accuracy",
 )
 
+# SAM's direction used again does best with less weight decay.
+_REUSING = Space(axis(0.01, 0.1, (1, 3)), axis(0.002, 0.02), axis(0.1, 0.5))
 
-def _policies(name: str, task: Study, space: Space) -> dict[str, Study]:
+
+def _policies(
+    name: str, task: Study, space: Space, **spaces: Space
+) -> dict[str, Study]:
     """On a study's task all policies at each share of SAM steps, over a coin.
 
     Args:
       name: what the studies' names begin with.
       task: the study whose problem and plan it is.
-      space: around what is best for SAM on every step.
+      space: around what is good for SAM on some steps.
+      **spaces: of the policies whose best lies elsewhere.
     """
     return {
         f"{name}-{100 * share:.0f}": task._replace(
             contenders={
-                policy: Contender(build, space)
+                policy: Contender(build, spaces.get(policy, space))
                 for policy, build in policies.at_share(share).items()
             },
             seeds=30,
@@ -175,6 +181,7 @@ STUDIES = {
         "policies",
         _DIGITS._replace(plan=Plan(first=8, near=(3,), rungs=((3, 3),), moves=2)),
         Space(axis(0.01, 0.1, (1, 3)), axis(0.01, 0.05), axis(0.2, 1.0)),
+        **dict.fromkeys(("looksam", "ae_looksam"), _REUSING),
     ),
     "fine-tuning": Study(
         problem=fine_tuning,
