@@ -22,7 +22,7 @@ from rich.console import Console
 from benchmarks import arguments, step_cost
 from benchmarks.costs import growth, networks, sharding
 from benchmarks.reports import report, scalings, tables
-from benchmarks.tasks import optimizers, workloads
+from benchmarks.tasks import workloads
 from benchmarks.tasks.records import Record
 
 _FEW = ("sgd", "msam", "sam", "adamw", "adamw_msam")
@@ -254,7 +254,7 @@ def _parser() -> arguments.Parser:
         action="store_true",
         help="tiny models and few rounds, to see that all of it works",
     )
-    arguments.add_out(parser, optimizers.RESULTS / "scaling")
+    arguments.add_out(parser, Path("runs/scaling"))
     return parser
 
 

@@ -43,7 +43,7 @@ from benchmarks.reports.step_costs import (
     print_report,
     save,
 )
-from benchmarks.tasks import optimizers, workloads
+from benchmarks.tasks import workloads
 
 # Every branch of every optimizer but the one that never employs runs in these.
 _WARM_UP_STEPS = 5
@@ -328,7 +328,7 @@ def _parser() -> arguments.Parser:
         help="also measure PyTorch's optimizers, with an interpreter that has torch "
         "and pytorch_optimizer",
     )
-    arguments.add_out(parser, optimizers.RESULTS / "step_cost")
+    arguments.add_out(parser, Path("runs/step_cost"))
     return parser
 
 
