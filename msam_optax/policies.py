@@ -85,6 +85,9 @@ class AdaptiveState(NamedTuple):
 def _combine(
     one: Policy, other: Policy, rule: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> Policy:
+    if not isinstance(other, Policy):
+        raise ValueError(f"A policy joins with a Policy, but got {other!r}.")
+
     def init(params: Any) -> Any:
         return one.init(params), other.init(params)
 

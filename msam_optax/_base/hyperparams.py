@@ -116,6 +116,13 @@ def read_schedule(
     """The value at this step, and the state for the next one."""
     if not callable(value):
         return value, state
+    if state is None or isinstance(state, dict | tuple):
+        raise ValueError(
+            "A schedule counts its steps in the state, but this state is of a run "
+            f"whose hyper-parameter was a number: {state!r} stands in the counter's "
+            "place. Put the step there that the schedule goes on from, for instance "
+            "state._replace(rho_state=jnp.asarray(1000, jnp.int32))."
+        )
     step = training_step(state, extra_args)
     return value_at(value, step), optax.safe_increment(step)
 

@@ -127,7 +127,11 @@ def _product(dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.sum(x.astype(dtype) * y.astype(dtype))
 
 
+def projection(tree: Any, on: Any) -> jax.Array:
+    """The scalar s for which s · on is the projection of tree, over all leaves."""
+    return safe_divide(vdot(tree, on), sum_of_squares(on))
+
+
 def orthogonal_part(tree: Any, to: Any) -> Any:
     """tree less its projection on `to`, over all leaves together."""
-    share = safe_divide(vdot(tree, to), sum_of_squares(to))
-    return add_scaled(tree, -share, to)
+    return add_scaled(tree, -projection(tree, to), to)

@@ -1,7 +1,7 @@
 """Means over a whole data set in batches, of numbers and of trees."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -93,9 +93,11 @@ def _weighted(data: Batches) -> Iterator[tuple[Any, float]]:
             "is empty after the first pass: give a list, or an object whose __iter__ "
             "starts anew."
         )
-    if isinstance(batches, tuple) and any(hasattr(x, "shape") for x in batches):
+    kind = "dict" if isinstance(batches, Mapping) else "tuple of arrays"
+    one = isinstance(batches, tuple) and any(hasattr(x, "shape") for x in batches)
+    if one or isinstance(batches, Mapping):
         raise ValueError(
-            "batches must be a list of batches, but a tuple of arrays was given, "
+            f"batches must be a list of batches, but a {kind} was given, "
             f"{described(batches)}: give [batch], or list(batches) if each is one."
         )
     empty, weights = True, 0.0

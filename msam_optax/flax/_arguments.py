@@ -1,5 +1,6 @@
 """Arguments in each other's place."""
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -25,6 +26,17 @@ def check_function(call: str, name: str, function: Any) -> None:
         raise ValueError(
             f"{call} needs a function as {name}, but a {type(function).__name__} was "
             "given there."
+        )
+
+
+def check_collections(call: str, model_state: Mapping[str, Any]) -> None:
+    """Raises ValueError where the parameters stand among the other collections."""
+    if "params" in model_state:
+        raise ValueError(
+            f"{call} needs a model_state of the collections other than the parameters, "
+            'but it holds "params", which would stand in the place of those that are '
+            "trained: take them out, variables = model.init(...); params = "
+            'variables.pop("params").'
         )
 
 

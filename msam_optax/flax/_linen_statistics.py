@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from msam_optax._base.trees import check_alive
-from msam_optax.flax._arguments import check_module
+from msam_optax.flax._arguments import check_collections, check_module
 from msam_optax.flax._inputs import Inputs
 from msam_optax.flax._recalibration import (
     check_batches,
@@ -78,6 +78,7 @@ def recalibrate_batch_stats(
             f"{call} needs the parameters second, but what was given there holds "
             "batch_stats: were params and model_state swapped?"
         )
+    check_collections(call, model_state or {})
     check_batches(batches)
     if not model_state or "batch_stats" not in model_state:
         return model_state

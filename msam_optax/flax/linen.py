@@ -16,7 +16,11 @@ import optax
 from flax.core import DenyList
 
 from msam_optax._base.hyperparams import check_transformation
-from msam_optax.flax._arguments import check_function, check_module
+from msam_optax.flax._arguments import (
+    check_collections,
+    check_function,
+    check_module,
+)
 from msam_optax.flax._inputs import Inputs
 from msam_optax.flax._linen_statistics import recalibrate_batch_stats
 from msam_optax.flax._linen_train_state import LinenTrainState
@@ -75,7 +79,8 @@ def linen_loss(
 
     Raises:
       ValueError: if the model is no Linen module; by ``loss_fn``, if the batch is a
-        dict and ``inputs`` is not given, or a collection of ``model_state`` is sown.
+        dict and ``inputs`` is not given, a collection of ``model_state`` is sown, or it
+        holds the parameters.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, msam_optax, optax
     >>> from msam_optax.flax.linen import init_linen, linen_loss
@@ -97,6 +102,7 @@ def linen_loss(
 
     def loss_fn(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
         collections = model_state or {}  # there may be none
+        check_collections("linen_loss(model, loss)", collections)
         if in_both := set(sown) & set(collections):
             raise ValueError(_SOWN.format(", ".join(sorted(in_both))))
         streams = (

@@ -70,6 +70,14 @@ class Gradients:
                 # these losses are not to be differentiated; those of samples may be.
                 (_, (losses, _)), _ = whole_pass(params)
                 return losses
+            sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
+            if len(sizes) != 1 or () in sizes:
+                raise ValueError(
+                    "Examples can be selected where they lie along the first axis of "
+                    "all arrays of the batch, but their shapes are "
+                    f"{jax.tree.map(jnp.shape, batch)!r}: let the loss function close "
+                    "over what is no example."
+                )
             samples = jax.tree.map(lambda x: x[indices], batch)
             loss_fn = self._losses(state.loss_scale)
             return loss_fn(params, state.model_state, samples, used_again(key))[0]

@@ -29,7 +29,8 @@ def microbatched(loss_fn: Callable[..., Any], microbatches: int) -> Callable[...
     them, each of which starts from the step's: batch norm's running average moves as
     far as with the large batch, by the mean of the micro-batches' statistics. What has
     no average, counters and keys, goes on from one micro-batch to the next. The
-    auxiliary outputs are averaged as well, each `WeightedMean` by its weights.
+    auxiliary outputs are averaged as well, counts and booleans in float32, and each
+    `WeightedMean` by its weights.
 
     Args:
       loss_fn: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state,
@@ -45,7 +46,7 @@ def microbatched(loss_fn: Callable[..., Any], microbatches: int) -> Callable[...
     def one(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[Any, Any]:
         losses, (model_state, aux) = loss_fn(params, model_state, batch, key)
         weight = losses.summed().weight if is_weighted(losses) else None
-        return mean_of(losses), (weight, model_state, summed(aux))
+        return mean_of(losses), (weight, model_state, jax.tree.map(_mean, summed(aux)))
 
     def over_microbatches(
         function: Callable[..., Any], model_state: Any, batch: Any, key: Any
@@ -58,7 +59,7 @@ def microbatched(loss_fn: Callable[..., Any], microbatches: int) -> Callable[...
 
         def at(index: Any, state: Any) -> tuple[Any, Any]:
             part = jax.tree.map(lambda x: x[:, index], parts)
-            part_key = None if key is None else jax.random.fold_in(key, index)
+            part_key = jax.tree.map(lambda k: jax.random.fold_in(k, index), key)
             means, weight, aux, state = function(state, part, part_key)
             if weight is not None:
                 means = jax.tree.map(lambda x: weight * x, means)
@@ -119,6 +120,13 @@ def microbatched(loss_fn: Callable[..., Any], microbatches: int) -> Callable[...
 
 def _is_averaged(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _mean(x: Any) -> Any:
+    """An auxiliary output, a count for instance, in a dtype that has an average."""
+    x = jnp.asarray(x)
+    counts = jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if counts else x
 
 
 def _zero(x: Any) -> Any:

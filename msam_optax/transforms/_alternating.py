@@ -9,6 +9,7 @@ import optax
 from msam_optax._base.hyperparams import check_transformation
 from msam_optax._base.trees import check_init, check_params, check_state
 from msam_optax.ascents._make import perturbation
+from msam_optax.transforms._dry_step import check_ascent
 from msam_optax.transforms._perturbed_states import StoredPerturbationState
 
 
@@ -86,6 +87,7 @@ def alternating_ascent(
 
     def init_fn(params: Any) -> Any:
         check_init(params)
+        check_ascent(ascent, params)
         return AlternatingAscentState(
             ascended=jnp.zeros([], bool),
             perturbed=StoredPerturbationState(
@@ -121,9 +123,14 @@ def alternating_ascent(
                 inner_state, optax.tree.zeros_like(params), state.ascent_state
             )
 
-        new_updates, perturbed = jax.lax.cond(
-            state.ascended, step, climb, state.perturbed
-        )
+        if isinstance(state.ascended, jax.core.Tracer):
+            new_updates, perturbed = jax.lax.cond(
+                state.ascended, step, climb, state.perturbed
+            )
+        else:  # outside of jit a cond would be compiled anew at every step
+            new_updates, perturbed = (step if state.ascended else climb)(
+                state.perturbed
+            )
         return new_updates, AlternatingAscentState(~state.ascended, perturbed)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

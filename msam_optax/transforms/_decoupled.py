@@ -14,6 +14,8 @@ from msam_optax._base.hyperparams import (
 )
 from msam_optax._base.numerics import add_scaled
 from msam_optax._base.trees import check_init, check_state
+from msam_optax.transforms._dry_step import left_alone
+from msam_optax.transforms._find_momentum import find_states
 from msam_optax.transforms._sharpness_aware import (
     SharpnessAwareState,
     sharpness_aware_gradient,
@@ -45,7 +47,10 @@ def decoupled_sharpness(
 
     *Cost*: one extra gradient. *State*: the optimizer's and the ascent's, and two
     scalars, one more for a schedule. *Position*: outermost; the optimizer sees the
-    clean gradient.
+    clean gradient, and what stands in it (clipping, say) does not see the difference,
+    which is added behind. Frozen parameters, an accumulator and a guard against NaNs
+    belong around: ``optax.partition`` and ``make_train_step``'s ``microbatches`` and
+    ``loss_scaling``.
 
     Args:
       optimizer: the whole base optimizer.
@@ -58,7 +63,9 @@ def decoupled_sharpness(
       ``grad_fn``.
 
     Raises:
-      ValueError: if learning_rate is neither a finite number nor a schedule.
+      ValueError: if learning_rate is neither a finite number nor a schedule; by
+        ``init``, if the optimizer holds an accumulator or leaves some of the
+        parameters alone.
     """
     check_scalar_or_schedule("learning_rate", learning_rate)
     optimizer = check_transformation("optimizer", optimizer)
@@ -69,8 +76,10 @@ def decoupled_sharpness(
 
     def init_fn(params: Any) -> Any:
         check_init(params)
+        optimizer_state = optimizer.init(params)
+        _check_inside(optimizer, optimizer_state, params)
         return DecoupledSharpnessState(
-            optimizer_state=optimizer.init(params),
+            optimizer_state=optimizer_state,
             sharpness_aware_state=sharpness.init(params),
             learning_rate_state=init_schedule(learning_rate),
         )
@@ -94,3 +103,22 @@ def decoupled_sharpness(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_inside(
+    optimizer: optax.GradientTransformationExtraArgs, state: Any, params: Any
+) -> None:
+    """Raises ValueError where the difference would undo what the optimizer leaves."""
+    if find_states(state, optax.MultiStepsState):
+        raise ValueError(
+            "Decoupled sharpness is added behind the optimizer, where an "
+            "optax.MultiSteps does not hold it back: take make_train_step(..., "
+            "microbatches=k), or the coupled form, without learning_rate."
+        )
+    if left_alone(optimizer, params):
+        raise ValueError(
+            "Decoupled sharpness is added behind the optimizer, which leaves some of "
+            "the parameters alone, and would move these too: freeze around, "
+            'optax.partition({"train": wsam(...), "freeze": optax.set_to_zero()}, '
+            "labels), or take the coupled form, without learning_rate."
+        )

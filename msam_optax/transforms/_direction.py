@@ -90,11 +90,12 @@ def along_update(inner: optax.GradientTransformationExtraArgs) -> Direction:
 
     def check(inner_state: Any, params: Any) -> None:
         _check_not_nested(inner_state)
-        if find_states(inner_state, optax.MultiStepsState):
+        if find_states(inner_state, (optax.MultiStepsState, optax.ApplyEvery)):
             raise ValueError(
                 'along="update" needs an update on every step, but the inner optimizer '
-                "holds an optax.MultiSteps, whose update is zero in between: put "
-                "MultiSteps around, optax.MultiSteps(momentum_perturbation(...), k)."
+                "holds an optax.MultiSteps or apply_every, whose update is zero in "
+                "between: put MultiSteps around, "
+                "optax.MultiSteps(momentum_perturbation(...), k)."
             )
 
         def with_gradient(state: Any, updates: Any, grads: Any, params: Any) -> Any:

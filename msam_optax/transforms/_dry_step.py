@@ -1,4 +1,4 @@
-"""One step of an optimizer on a stand-in: on which side its momentum is.
+"""Steps of an optimizer on a stand-in: on which side its momentum and its update are.
 
 A field's name says that it holds a momentum, but not whether that is a sum of gradients
 or, behind the learning rate, of steps. One step tells: a sum of gradients points
@@ -118,3 +118,66 @@ def _run(
 def _small(shape: tuple[int, ...], values: list[float]) -> jax.Array:
     short = [min(n, 2) for n in shape]
     return jnp.asarray(np.resize(np.asarray(values, np.float32), short))
+
+
+def descends(
+    transform: optax.GradientTransformationExtraArgs, params: optax.Params
+) -> bool:
+    """Whether updates go against the gradient, whichever sign it has."""
+    found = [x for both in _along_gradient(transform, params) for x in both]
+    return bool(found) and all(x < 0 for x in found)
+
+
+def left_alone(
+    transform: optax.GradientTransformationExtraArgs, params: optax.Params
+) -> bool:
+    """Whether some parameters get no update while others do."""
+    moved = [any(along) for along in _along_gradient(transform, params)]
+    return any(moved) and not all(moved)
+
+
+def _along_gradient(
+    transform: optax.GradientTransformationExtraArgs, params: optax.Params
+) -> list[list[float]]:
+    """For each leaf, how far its updates go along the gradient, for both of its signs.
+
+    It is tried at parameters of one entry a leaf. Two steps, since a learning rate may
+    start at 0; both signs, since noise that a transformation adds may outweigh one.
+    Where it needs more than this, a value that is traced for instance, 0 is all that is
+    known.
+    """
+
+    def along(sign: int) -> list[float]:
+        start, gradient = _tiny_like(params, 0), _tiny_like(params, sign)
+        state = transform.init(start)
+        for _ in range(2):
+            updates, state = transform.update(
+                gradient, state, start, grad_fn=lambda params: gradient, value=0.0
+            )
+        return [sign * float(jnp.sum(x)) for x in jax.tree.leaves(updates)]
+
+    try:
+        with jax.ensure_compile_time_eval():
+            return [list(both) for both in zip(along(1), along(-1), strict=True)]
+    except Exception:
+        return [[0.0]]
+
+
+def _tiny_like(params: Any, entry: float) -> Any:
+    return jax.tree.map(
+        lambda p: jnp.full((1,) * jnp.ndim(p), entry, jnp.result_type(p)), params
+    )
+
+
+def check_ascent(ascent: optax.GradientTransformation, params: Any) -> None:
+    """Raises ValueError for an optimizer in the place of an ascent."""
+    # This package's own climb, or have been told not to by a negative rho.
+    own = getattr(ascent.update, "__module__", "").startswith("msam_optax.")
+    if not own and descends(ascent, params):
+        raise ValueError(
+            "An ascent makes a perturbation along the gradient, but what was given "
+            "goes against it, as a whole optimizer does: for optax.contrib.sam's "
+            "adv_optimizer, chain(normalize(), sgd(rho)), give "
+            "msam_optax.ascents.normalized(rho); else turn the sign, for instance by "
+            "optax.scale(-1) at the end of the chain."
+        )

@@ -124,10 +124,9 @@ def employ(
                 f"None, but {employed!r} was given."
             )
         extra_args = {**extra_args, "step": training_step(state.step, extra_args)}
-        decision, policy_state = policy.decide(
-            updates, state.policy_state, params, **extra_args
+        decision, policy_state = _decided(
+            policy.decide(updates, state.policy_state, params, **extra_args)
         )
-        decision = jnp.asarray(decision, bool)  # a policy may say True
 
         # The updates are closed over and no operands, so that whoever is inside finds
         # the clean gradient by its identity.
@@ -139,6 +138,13 @@ def employ(
                 return otherwise(updates, inner_state), inner_state
             return updates, inner_state
 
+        traced = any(isinstance(x, jax.core.Tracer) for x in (state.step, decision))
+        if employed is None and not traced:
+            # Outside of jit, where a cond would be compiled anew at every step. Until
+            # the first one is employed, what it needs is asked for all the same.
+            employed = bool(decision)
+            if not (employed or state.employed_steps):
+                jax.eval_shape(run, state.inner_state)
         if employed is None:
             new_updates, inner_state = jax.lax.cond(
                 decision, run, skip, state.inner_state
@@ -155,3 +161,20 @@ def employ(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _decided(result: Any) -> tuple[jax.Array, Any]:
+    """What a policy decided; ValueError if it is no decision and state."""
+    pair = isinstance(result, tuple) and len(result) == 2
+    if not (pair and jax.tree_util.all_leaves(result[:1])):
+        raise ValueError(
+            "A policy's decide must return (decision, state), the decision a boolean "
+            f"scalar, but it returned {result!r}."
+        )
+    decision, state = result
+    if jnp.shape(decision) != ():
+        raise ValueError(
+            "A policy's decision must be a boolean scalar, but it has shape "
+            f"{jnp.shape(decision)}: reduce it, for instance by jnp.any."
+        )
+    return jnp.asarray(decision, bool), state  # a policy may say True

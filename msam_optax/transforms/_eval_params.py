@@ -193,7 +193,10 @@ def _is_state_dict(node: Any) -> bool:
 def _holds_optax_state(params: Any) -> bool:
     return any(
         isinstance(node, PERTURBED)
-        or (hasattr(node, "_fields") and type(node).__module__.startswith("optax."))
+        or (
+            (hasattr(node, "_fields") and type(node).__module__.startswith("optax."))
+            and not isinstance(node, optax.LookaheadParams)
+        )
         for node in find_states(params, tuple)
         if not isinstance(node, optax.MaskedNode)
     )

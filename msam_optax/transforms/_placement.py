@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
+from msam_optax.transforms._dry_step import descends
 from msam_optax.transforms._find_momentum import find_states
 from msam_optax.transforms._perturbed_states import PERTURBED
 from msam_optax.transforms._remembered import RememberedGradientState
@@ -34,7 +33,7 @@ def check_is_no_optimizer(
             "rho=lambda step: 0.3 * (step >= 100)."
         )
     # This package's own elements are known to be parts of one, which saves the try.
-    if not isinstance(state, parts) and _descends(transform, params):
+    if not isinstance(state, parts) and descends(transform, params):
         raise ValueError(
             f"{place} needs a transformation of the gradient, but was given a whole "
             "optimizer, whose updates go against the gradient: what follows, or the "
@@ -43,36 +42,6 @@ def check_is_no_optimizer(
             "optimizer). Where this is meant, say what the other steps do: "
             "employ(policy, transform, otherwise=lambda updates, inner_state: ...)."
         )
-
-
-def _descends(transform: optax.GradientTransformationExtraArgs, params: Any) -> bool:
-    """Whether updates go against the gradient, whichever sign it has.
-
-    It is tried at parameters of one entry a leaf. Two steps, since a learning rate may
-    start at 0; both signs, since noise that a transformation adds may outweigh one.
-    """
-
-    def signs(sign: int) -> list[bool]:
-        start, gradient = _tiny_like(params, 0), _tiny_like(params, sign)
-        state = transform.init(start)
-        for _ in range(2):
-            updates, state = transform.update(
-                gradient, state, start, grad_fn=lambda params: gradient, value=0.0
-            )
-        return [sign * float(jnp.sum(x)) < 0 for x in jax.tree.leaves(updates)]
-
-    try:
-        with jax.ensure_compile_time_eval():
-            found = signs(1) + signs(-1)
-    except Exception:  # it needs more than this, a value that is traced for instance
-        return False
-    return bool(found) and all(found)
-
-
-def _tiny_like(params: Any, entry: float) -> Any:
-    return jax.tree.map(
-        lambda p: jnp.full((1,) * jnp.ndim(p), entry, jnp.result_type(p)), params
-    )
 
 
 def check_wrappers(state: optax.OptState, skips: bool = False) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from msam_optax._base.hyperparams import check_real
@@ -11,7 +12,8 @@ from msam_optax._base.layers import AxesLike, layouts
 from msam_optax._base.numerics import (
     add_scaled,
     global_norm,
-    orthogonal_part,
+    plus_scaled,
+    projection,
     safe_divide,
 )
 from msam_optax._base.trees import check_state
@@ -27,7 +29,8 @@ class RememberedGradientState(NamedTuple):
     Attributes:
       sharpness_aware_state: state of the sharpness-aware gradient.
       orthogonal: tree like the parameters, the part g_v of the last perturbed gradient
-        that is orthogonal to the clean one; zeros before the first.
+        that is orthogonal to the clean one; zeros before the first. Where one of the
+        two is not finite the last stays, or all steps up to the next would be lost.
     """
 
     sharpness_aware_state: SharpnessAwareState
@@ -90,11 +93,10 @@ def remembered_gradient(
         perturbed, sharpness_aware_state = sharpness_aware.update(
             updates, state.sharpness_aware_state, params, **extra_args
         )
-        orthogonal = _by_tensor(orthogonal_part, per_tensor, axes)(perturbed, updates)
-        return perturbed, RememberedGradientState(
-            sharpness_aware_state=sharpness_aware_state,
-            orthogonal=optax.tree.cast_like(orthogonal, state.orthogonal),
+        orthogonal = _by_tensor(_orthogonal_or_last, per_tensor, axes)(
+            perturbed, updates, state.orthogonal
         )
+        return perturbed, RememberedGradientState(sharpness_aware_state, orthogonal)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -128,6 +130,20 @@ def reuse_remembered(
         return _by_tensor(extend, per_tensor, axes)(updates, inner_state.orthogonal)
 
     return otherwise
+
+
+def _orthogonal_or_last(perturbed: Any, clean: Any, last: Any) -> Any:
+    """The part of the perturbed gradient that is orthogonal to the clean one."""
+    share = projection(perturbed, clean)
+    # What is not finite in one of the two makes the inner product so.
+    return jax.tree.map(
+        lambda x, y, old: jnp.where(
+            jnp.isfinite(share), plus_scaled(x, -share, y).astype(old.dtype), old
+        ),
+        perturbed,
+        clean,
+        last,
+    )
 
 
 def _by_tensor(rule: Any, per_tensor: bool, axes: AxesLike) -> Any:

@@ -12,6 +12,7 @@ from msam_optax._base.numerics import global_norm, is_short, statistics_dtype
 from msam_optax._base.trees import check_init, check_params, check_state
 from msam_optax.ascents._make import perturbation
 from msam_optax.combine import Combine
+from msam_optax.transforms._dry_step import check_ascent
 from msam_optax.transforms._second_gradient import (
     TAKEN_AT,
     for_the_ascent,
@@ -152,6 +153,7 @@ def initial_state(
 ) -> SharpnessAwareState:
     """The state before the first ascent."""
     check_init(params)
+    check_ascent(ascent, params)
     dtype = statistics_dtype(params)
     # Two arrays and not one twice, or the state could not be donated.
     return SharpnessAwareState(

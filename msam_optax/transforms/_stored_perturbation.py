@@ -19,6 +19,7 @@ from msam_optax._base.numerics import is_short
 from msam_optax._base.trees import check_params, check_state
 from msam_optax.ascents._make import perturbation
 from msam_optax.transforms._direction import Direction
+from msam_optax.transforms._dry_step import check_ascent
 from msam_optax.transforms._find_momentum import add_momentum
 from msam_optax.transforms._perturbed_states import StoredPerturbationState
 
@@ -43,6 +44,7 @@ def stored_perturbation(
     def init_fn(params: optax.Params) -> StoredPerturbationState:
         inner_state = inner.init(params)
         direction.check(inner_state, params)
+        check_ascent(ascent, params)
         return StoredPerturbationState(
             inner_state=inner_state,
             perturbation=jax.tree.map(

@@ -300,3 +300,25 @@ def test_a_gradient_that_is_not_finite_stays_out_of_friendly_sams_mean(first):
         _, state = ascent.update(gradient, state, gradient)
     _, after = ascent.update(broken, state, gradient)
     chex.assert_trees_all_equal(after, state)
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_what_is_remembered_stays_finite(per_tensor):
+    # A single bad batch on a SAM step would else be in every step up to the next.
+    tx = mo.looksam(
+        optax.apply_if_finite(optax.sgd(0.05), 3), 0.05, k=5, per_tensor=per_tensor
+    )
+    params = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5], [3.0]])}
+    state = tx.init(params)
+
+    def gradient(params, scale):
+        return jax.tree.map(lambda w: scale * w**3, params)
+
+    for t in range(20):
+        before, scale = params, jnp.nan if t == 10 else 0.1
+        grad_fn = functools.partial(gradient, scale=scale)
+        updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+        params = optax.apply_updates(params, updates)
+        chex.assert_tree_all_finite(params)
+        moved = not np.array_equal(before["a"], params["a"])
+        assert moved == (t != 10)

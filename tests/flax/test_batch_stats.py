@@ -480,3 +480,22 @@ def test_an_nnx_norm_that_is_frozen_stays_so():
     model.eval()  # all of them now, which tells nothing
     recalibrate_nnx_batch_stats(model, batches_of_four_features())
     assert jnp.all(model.layers[2].mean[...] != 0)
+
+
+def test_parameters_among_the_other_collections_are_refused():
+    model = nn.Dense(1)
+    x = jnp.ones((4, 2))
+    variables = model.init(jax.random.key(0), x)
+    tx = optax.sgd(0.5)
+    params = variables["params"]
+    state = msam_optax.TrainState(params, tx.init(params), variables)
+
+    def loss(outputs, batch):
+        return jnp.mean(outputs**2), {}
+
+    loss_fn = linen_loss(model, loss)
+    step = msam_optax.make_train_step(loss_fn, tx, donate=False)
+    with pytest.raises(ValueError, match='it holds "params"'):
+        step(state, (x,), None)
+    with pytest.raises(ValueError, match='it holds "params"'):
+        recalibrate_batch_stats(model, params, variables, [x])

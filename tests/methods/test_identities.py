@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -145,3 +146,18 @@ def test_p_1_finds_the_largest_entry_of_any_direction_under_jit():
         epsilon = update(direction)
         expected = [0.5 * np.sign(direction[0]), 0, 0, 0, 0, 0, 0]
         np.testing.assert_allclose(epsilon, expected, rtol=1e-6)
+
+
+def test_decoupled_sharpness_refuses_what_it_would_undo():
+    labels = {"backbone": "freeze", "head": "train"}
+    params = {"backbone": jnp.ones(2), "head": jnp.ones(2)}
+    parts = {"freeze": optax.set_to_zero(), "train": optax.sgd(0.1)}
+    frozen = mo.wsam(optax.partition(parts, labels), learning_rate=0.1)
+    with pytest.raises(ValueError, match="leaves some of the parameters alone"):
+        frozen.init(params)
+    accumulated = optax.MultiSteps(optax.sgd(0.1), 4).gradient_transformation()
+    with pytest.raises(ValueError, match="microbatches"):
+        mo.wsam(accumulated, learning_rate=0.1).init(params)
+    parts["train"] = mo.wsam(optax.sgd(0.1), learning_rate=0.1)
+    optax.partition(parts, labels).init(params)  # around
+    mo.wsam(optax.sgd(lambda step: 0.1 * step), learning_rate=0.1).init(params)

@@ -98,3 +98,9 @@ def test_data_without_any_weight_have_no_mean():
     params, _, (_, empty, _) = problem()
     with pytest.raises(ValueError, match="All batches have weight 0"):
         sharpness.mean_loss(weighted, params, [empty, empty])
+
+
+def test_one_batch_in_the_place_of_a_list_is_refused():
+    batch = {"x": jnp.ones((4, 2))}
+    with pytest.raises(ValueError, match="a dict was given"):
+        mo.sharpness.mean_loss(lambda p, b: jnp.mean(b["x"] @ p), jnp.ones(2), batch)

@@ -400,3 +400,45 @@ def test_the_step_says_what_it_needs_in_the_place_of_another_state():
         ValueError, match=r"TrainState\(params, .* a builtins\.tuple was"
     ):
         step(wrong, None, None)
+
+
+def test_counts_are_averaged_over_the_parts_too():
+    def counting(params, model_state, batch, key):
+        right = batch > 0
+        aux = {"right": jnp.sum(right), "all": jnp.all(right), "mean": jnp.mean(right)}
+        return jnp.mean(batch * params), (model_state, aux)
+
+    tx = optax.sgd(0.1)
+    # The wrong ones are all in the last of the parts, which are columns.
+    batch = jnp.where(jnp.arange(16) % 4 == 3, -1.0, 1.0)
+    step = mo.make_train_step(counting, tx, microbatches=4)
+    state = mo.TrainState(jnp.ones([]), tx.init(jnp.ones([])))
+    _, metrics = step(state, batch, None)
+    assert metrics.aux == {"right": 3.0, "all": 0.75, "mean": 0.75}
+
+
+def test_parts_have_keys_of_their_own_from_a_dict_of_keys():
+    def noisy(params, model_state, batch, key):
+        noise = jax.random.normal(key["drop"], batch.shape)
+        return jnp.mean(noise * params), (model_state, {})
+
+    tx = optax.sgd(0.1)
+    state = mo.TrainState(jnp.ones([]), tx.init(jnp.ones([])))
+    step = mo.make_train_step(noisy, tx, microbatches=2)
+    _, metrics = step(state, jnp.ones(4), {"drop": jax.random.key(0)})
+    assert jnp.isfinite(metrics.loss)
+
+
+def test_examples_are_selected_where_all_of_the_batch_holds_them():
+    def weighted(params, model_state, batch, key):
+        losses = (batch["x"] @ params) ** 2
+        return losses * batch["weights"][jnp.arange(16) % 3][: len(losses)], (
+            model_state,
+            {},
+        )
+
+    tx = mo.esam(optax.sgd(0.1))
+    state = mo.TrainState(jnp.ones(2), tx.init(jnp.ones(2)))
+    batch = {"x": jnp.ones((16, 2)), "weights": jnp.ones(3)}
+    with pytest.raises(ValueError, match="no example"):
+        mo.make_train_step(weighted, tx)(state, batch, None)

@@ -246,3 +246,9 @@ def test_what_can_not_be_meant_is_refused(build, message):
 def test_without_rho_it_is_the_base_itself():
     base = optax.with_extra_args_support(optax.sgd(0.1))
     assert mo.momentum_perturbation(base, 0.0, along="update") is base
+
+
+def test_an_optimizer_that_updates_on_some_steps_is_refused():
+    inner = optax.chain(optax.sgd(0.1), optax.apply_every(4))
+    with pytest.raises(ValueError, match="needs an update on every step"):
+        mo.momentum_perturbation(inner, 0.3, along="update").init(jnp.ones(3))

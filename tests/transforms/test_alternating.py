@@ -102,3 +102,16 @@ def test_bad_input_is_refused():
         tx.update(PARAMS, PARAMS, tx.init(PARAMS))
     with pytest.raises(ValueError, match=r"employ was given MSAM, a whole optimizer"):
         mo.employ(mo.policies.every(2), tx).init(PARAMS)
+
+
+def test_outside_of_jit_it_is_the_same():
+    tx = mo.alternating_ascent(optax.sgd(0.1, 0.9), mo.ascents.normalized(0.05))
+    params = jnp.array([3.0, 4.0])
+    by_hand, state = params, tx.init(params)
+    jitted, jitted_state = params, tx.init(params)
+    for _ in range(5):
+        updates, state = tx.update(2 * by_hand, state, by_hand)
+        by_hand = optax.apply_updates(by_hand, updates)
+        updates, jitted_state = jax.jit(tx.update)(2 * jitted, jitted_state, jitted)
+        jitted = optax.apply_updates(jitted, updates)
+        chex.assert_trees_all_close(by_hand, jitted, rtol=1e-6)

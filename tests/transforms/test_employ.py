@@ -356,3 +356,42 @@ def test_employing_msam_is_refused():
     tx = optax.chain(mo.employ(mo.policies.every(2), mo.msam(0.1, rho=0.3)))
     with pytest.raises(ValueError, match="give rho a schedule"):
         tx.init(jnp.ones(3))
+
+
+def test_outside_of_jit_nothing_is_compiled_at_a_step():
+    # A cond would be, and the whole gradient with it.
+    tx = optax.chain(mo.employ(mo.policies.every(2), sam()), optax.sgd(0.1))
+    grad_fn = jax.jit(jax.grad(loss))
+    params, state = PARAMS, tx.init(PARAMS)
+    in_graph = jax.jit(lambda p, s: tx.update(grad_fn(p), s, p, grad_fn=grad_fn))
+    for t in range(6):
+        expected = in_graph(params, state)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax.lax, "cond", None)
+            updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+        chex.assert_trees_all_close((updates, state), expected, rtol=1e-6)
+        assert bool(state[0].employed) == (t % 2 == 0)
+        params = optax.apply_updates(params, updates)
+
+
+@pytest.mark.parametrize(
+    "decide, message",
+    [
+        (lambda *args, **extra: jnp.asarray(True), "must return .decision, state."),
+        (lambda *args, **extra: (jnp.ones(1, bool), ()), "shape .1,."),
+        (
+            lambda *args, **extra: ((), jnp.asarray(True)),
+            "must return .decision, state.",
+        ),
+    ],
+)
+def test_a_policy_that_decides_nothing_is_refused(decide, message):
+    policy = mo.policies.Policy(lambda params: optax.EmptyState(), decide)
+    tx = mo.employ(policy, sam())
+    with pytest.raises(ValueError, match=message):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, grad_fn=jax.grad(loss))
+
+
+def test_a_policy_joins_with_a_policy_alone():
+    with pytest.raises(ValueError, match="joins with a Policy"):
+        mo.policies.every(2) & (lambda *args, **extra: True)

@@ -215,3 +215,17 @@ def test_a_rho_that_ends_at_zero_brings_the_parameters_to_the_weights(steps):
     params, state = trained(tx, tree(), steps)
     chex.assert_trees_all_close(params, mo.eval_params(state, params), rtol=1e-6)
     assert float(state.scale) == pytest.approx(0, abs=1e-7)
+
+
+def test_of_lookahead_inside_all_parameters_are_evaluated():
+    inner = optax.lookahead(optax.sgd(0.1, 0.9), 3, 0.5)
+    tx = mo.momentum_perturbation(inner, 0.2, along="update")
+    params = optax.LookaheadParams.init_synced(jnp.array([1.0, -2.0]))
+    state = tx.init(params)
+    for _ in range(4):
+        updates, state = tx.update(params.fast, state, params)
+        params = optax.apply_updates(params, updates)
+    weights = mo.eval_params(state, params)
+    epsilon = optax.tree.sub(params, weights)
+    chex.assert_trees_all_close(epsilon, state.perturbation, atol=1e-6)
+    assert optax.tree.norm(epsilon) > 0.1

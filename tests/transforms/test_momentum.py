@@ -855,3 +855,15 @@ def test_eval_params_prints_no_array_to_find_the_momentum(monkeypatch):
     assert not printed
     monkeypatch.undo()
     chex.assert_trees_all_equal(clean, params)
+
+
+@pytest.mark.parametrize("lost", [None, {}, optax.EmptyState()])
+def test_a_schedule_over_the_state_of_a_constant_says_what_is_missing(lost):
+    params = jnp.array([1.0, 2.0])
+    state = mo.msam(0.1, rho=0.3).init(params)._replace(rho_state=lost)
+    tx = mo.msam(0.1, rho=optax.linear_schedule(0.3, 0.0, 100))
+    with pytest.raises(ValueError, match="_replace"):
+        tx.update(params, state, params)
+    state = state._replace(rho_state=jnp.asarray(50, jnp.int32))
+    _, state = tx.update(params, state, params)
+    assert state.rho_state == 51

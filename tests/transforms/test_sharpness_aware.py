@@ -318,3 +318,36 @@ def test_second_order_terms_survive_zeros(ascent):
     grad_fn = jax.grad(lambda w: jnp.sum(w**4))
     gradient, _ = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
     assert bool(jnp.all(jnp.isfinite(gradient)))
+
+
+DESCENDING = optax.chain(optax.contrib.normalize(), optax.sgd(0.5))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: mo.sharpness_aware_gradient(DESCENDING),
+        lambda: mo.remembered_gradient(DESCENDING),
+        lambda: mo.selected_gradient(DESCENDING, 0.5),
+        lambda: mo.decoupled_sharpness(optax.sgd(0.1), DESCENDING, 1.0, 0.1),
+        lambda: mo.alternating_ascent(optax.sgd(0.1), DESCENDING),
+        lambda: mo.momentum_perturbation(optax.sgd(0.1, 0.9), ascent=DESCENDING),
+    ],
+)
+def test_an_optimizer_in_the_place_of_an_ascent_is_refused(build):
+    with pytest.raises(ValueError, match="An ascent makes a perturbation along"):
+        build().init({"a": jnp.ones((2, 3)), "b": jnp.ones(3)})
+
+
+@pytest.mark.parametrize(
+    "ascent",
+    [
+        optax.chain(optax.contrib.normalize(), optax.scale(0.5)),
+        optax.chain(DESCENDING, optax.scale(-1.0)),
+        mo.ascents.normalized(-0.2),
+        optax.chain(mo.ascents.normalized(0.2), mo.ascents.clip_by_weight_norm(0.1)),
+        optax.inject_hyperparams(mo.ascents.normalized, static_args="p")(rho=0.2),
+    ],
+)
+def test_what_climbs_is_taken_for_an_ascent(ascent):
+    mo.sharpness_aware_gradient(ascent).init({"a": jnp.ones((2, 3)), "b": jnp.ones(3)})
