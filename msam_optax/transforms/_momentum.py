@@ -77,7 +77,8 @@ def momentum_perturbation(
     Args:
       inner: the whole base optimizer.
       rho: length of the perturbation, in the unit of the parameters; a float or a
-        schedule, read at the same count as a learning rate. May be negative. The
+        schedule, which counts the updates as a learning rate does; where a MultiSteps
+        or a guard stands inside, each call all the same. May be negative. The
         number 0 (without momentum_fn) gives the inner optimizer itself, bit for bit.
       along: ``"momentum"`` or ``"update"``.
       ascent: makes the perturbation in place of rho, for instance
