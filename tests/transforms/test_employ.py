@@ -393,5 +393,6 @@ def test_a_policy_that_decides_nothing_is_refused(decide, message):
 
 
 def test_a_policy_joins_with_a_policy_alone():
+    other: Any = lambda *args, **extra: True
     with pytest.raises(ValueError, match="joins with a Policy"):
-        mo.policies.every(2) & (lambda *args, **extra: True)
+        mo.policies.every(2) & other
