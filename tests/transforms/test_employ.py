@@ -393,6 +393,9 @@ def test_a_policy_that_decides_nothing_is_refused(decide, message):
 
 
 def test_a_policy_joins_with_a_policy_alone():
-    other: Any = lambda *args, **extra: True
+    def other(*args: Any, **extra: Any) -> Any:
+        return True
+
+    joined: Any = mo.policies.every(2)
     with pytest.raises(ValueError, match="joins with a Policy"):
-        mo.policies.every(2) & other
+        joined & other
