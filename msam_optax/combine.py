@@ -13,7 +13,7 @@ from msam_optax._base.hyperparams import check_real
 from msam_optax._base.numerics import (
     add_scaled,
     global_norm,
-    orthogonal_part,
+    projection,
     safe_divide,
     scale,
 )
@@ -61,7 +61,9 @@ def surrogate_gap(alpha: float) -> Combine:
     check_real("alpha", alpha)
 
     def combine(clean: optax.Updates, perturbed: optax.Updates) -> optax.Updates:
-        return add_scaled(perturbed, -alpha, orthogonal_part(clean, perturbed))
+        share = projection(clean, perturbed)
+        orthogonal = add_scaled(clean, -share, perturbed)
+        return add_scaled(perturbed, -alpha, orthogonal)
 
     return combine
 

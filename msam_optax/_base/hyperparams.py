@@ -121,7 +121,7 @@ def read_schedule(
             "A schedule counts its steps in the state, but this state is of a run "
             f"whose hyper-parameter was a number: {state!r} stands in the counter's "
             "place. Put the step there that the schedule goes on from, for instance "
-            "state._replace(rho_state=jnp.asarray(1000, jnp.int32))."
+            "jnp.asarray(1000, jnp.int32), for MSAM by state._replace(rho_state=...)."
         )
     step = training_step(state, extra_args)
     return value_at(value, step), optax.safe_increment(step)

@@ -130,8 +130,3 @@ def _product(dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> jax.Array:
 def projection(tree: Any, on: Any) -> jax.Array:
     """The scalar s for which s · on is the projection of tree, over all leaves."""
     return safe_divide(vdot(tree, on), sum_of_squares(on))
-
-
-def orthogonal_part(tree: Any, to: Any) -> Any:
-    """tree less its projection on `to`, over all leaves together."""
-    return add_scaled(tree, -projection(tree, to), to)

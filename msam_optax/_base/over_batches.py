@@ -93,12 +93,14 @@ def _weighted(data: Batches) -> Iterator[tuple[Any, float]]:
             "is empty after the first pass: give a list, or an object whose __iter__ "
             "starts anew."
         )
-    kind = "dict" if isinstance(batches, Mapping) else "tuple of arrays"
     one = isinstance(batches, tuple) and any(hasattr(x, "shape") for x in batches)
     if one or isinstance(batches, Mapping):
+        kind, each = "tuple of arrays", "list(batches)"
+        if isinstance(batches, Mapping):
+            kind, each = "dict", "list(batches.values())"
         raise ValueError(
             f"batches must be a list of batches, but a {kind} was given, "
-            f"{described(batches)}: give [batch], or list(batches) if each is one."
+            f"{described(batches)}: give [batch], or {each} if each is one."
         )
     empty, weights = True, 0.0
     for batch in batches:

@@ -35,7 +35,8 @@ def wsam(
 
     Raises:
       ValueError: if gamma is outside [0, 1), or learning_rate is neither None, a finite
-        number nor a schedule.
+        number nor a schedule; with one by ``init``, if the optimizer accumulates or
+        leaves some of the parameters alone.
 
     >>> import msam_optax, optax
     >>> base = optax.sgd(0.1, momentum=0.9)

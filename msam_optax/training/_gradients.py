@@ -71,12 +71,12 @@ class Gradients:
                 (_, (losses, _)), _ = whole_pass(params)
                 return losses
             sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
-            if len(sizes) != 1 or () in sizes:
+            if sizes != {x.shape[:1] for x in jax.tree.leaves(clean.losses)}:
                 raise ValueError(
                     "Examples can be selected where they lie along the first axis of "
                     "all arrays of the batch, but their shapes are "
-                    f"{jax.tree.map(jnp.shape, batch)!r}: let the loss function close "
-                    "over what is no example."
+                    f"{jax.tree.map(jnp.shape, batch)!r}: what is no example belongs "
+                    "into model_state, or is repeated for each."
                 )
             samples = jax.tree.map(lambda x: x[indices], batch)
             loss_fn = self._losses(state.loss_scale)

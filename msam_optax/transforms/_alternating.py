@@ -63,8 +63,8 @@ def alternating_ascent(
       ``params``.
 
     Raises:
-      ValueError: if one of the two is no transformation; in ``update``, without
-        ``params``.
+      ValueError: if one of the two is no transformation; by ``init``, if the ascent
+        goes against the gradient; in ``update``, without ``params``.
 
     >>> import jax, jax.numpy as jnp, msam_optax, optax
     >>> ascent = msam_optax.ascents.normalized(rho=0.05)

@@ -109,11 +109,14 @@ def _check_inside(
     optimizer: optax.GradientTransformationExtraArgs, state: Any, params: Any
 ) -> None:
     """Raises ValueError where the difference would undo what the optimizer leaves."""
-    if find_states(state, optax.MultiStepsState):
+    waiting = optax.MultiStepsState, optax.ApplyEvery, optax.ConditionallyMaskState
+    if find_states(state, waiting):
         raise ValueError(
-            "Decoupled sharpness is added behind the optimizer, where an "
-            "optax.MultiSteps does not hold it back: take make_train_step(..., "
-            "microbatches=k), or the coupled form, without learning_rate."
+            "Decoupled sharpness is added behind the optimizer, where one that updates "
+            "on some steps only does not hold it back: take make_train_step(..., "
+            "microbatches=k) in the place of optax.MultiSteps and apply_every, put "
+            "conditionally_mask around, or take the coupled form, without "
+            "learning_rate."
         )
     if left_alone(optimizer, params):
         raise ValueError(

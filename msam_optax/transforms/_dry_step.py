@@ -120,47 +120,28 @@ def _small(shape: tuple[int, ...], values: list[float]) -> jax.Array:
     return jnp.asarray(np.resize(np.asarray(values, np.float32), short))
 
 
-def descends(
-    transform: optax.GradientTransformationExtraArgs, params: optax.Params
-) -> bool:
-    """Whether updates go against the gradient, whichever sign it has."""
-    found = [x for both in _along_gradient(transform, params) for x in both]
-    return bool(found) and all(x < 0 for x in found)
-
-
-def left_alone(
-    transform: optax.GradientTransformationExtraArgs, params: optax.Params
-) -> bool:
-    """Whether some parameters get no update while others do."""
-    moved = [any(along) for along in _along_gradient(transform, params)]
-    return any(moved) and not all(moved)
-
-
-def _along_gradient(
-    transform: optax.GradientTransformationExtraArgs, params: optax.Params
-) -> list[list[float]]:
-    """For each leaf, how far its updates go along the gradient, for both of its signs.
+def descends(transform: optax.GradientTransformationExtraArgs, params: Any) -> bool:
+    """Whether updates go against the gradient, whichever sign it has.
 
     It is tried at parameters of one entry a leaf. Two steps, since a learning rate may
     start at 0; both signs, since noise that a transformation adds may outweigh one.
-    Where it needs more than this, a value that is traced for instance, 0 is all that is
-    known.
     """
 
-    def along(sign: int) -> list[float]:
+    def signs(sign: int) -> list[bool]:
         start, gradient = _tiny_like(params, 0), _tiny_like(params, sign)
         state = transform.init(start)
         for _ in range(2):
             updates, state = transform.update(
                 gradient, state, start, grad_fn=lambda params: gradient, value=0.0
             )
-        return [sign * float(jnp.sum(x)) for x in jax.tree.leaves(updates)]
+        return [sign * float(jnp.sum(x)) < 0 for x in jax.tree.leaves(updates)]
 
     try:
         with jax.ensure_compile_time_eval():
-            return [list(both) for both in zip(along(1), along(-1), strict=True)]
-    except Exception:
-        return [[0.0]]
+            found = signs(1) + signs(-1)
+    except Exception:  # it needs more than this, a value that is traced for instance
+        return False
+    return bool(found) and all(found)
 
 
 def _tiny_like(params: Any, entry: float) -> Any:
@@ -169,9 +150,32 @@ def _tiny_like(params: Any, entry: float) -> Any:
     )
 
 
+def left_alone(
+    transform: optax.GradientTransformationExtraArgs, params: optax.Params
+) -> bool:
+    """Whether some parameters get no update while others do, in its first two steps."""
+
+    def standing_in(values: list[float]) -> Any:
+        return jax.tree.map(lambda p: _small(jnp.shape(p), values), params)
+
+    try:
+        with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+            # Entries that differ, or a gradient less its mean would be none.
+            start, gradient = standing_in([1e-3]), standing_in([1.0, -0.5, 0.75, -0.25])
+            state = transform.init(start)
+            for _ in range(2):
+                updates, state = transform.update(
+                    gradient, state, start, grad_fn=lambda params: gradient, value=0.0
+                )
+            moved = [bool(np.any(x)) for x in jax.tree.leaves(updates)]
+    except Exception:  # it needs more than this, a value that is traced for instance
+        return False
+    return any(moved) and not all(moved)
+
+
 def check_ascent(ascent: optax.GradientTransformation, params: Any) -> None:
     """Raises ValueError for an optimizer in the place of an ascent."""
-    # This package's own climb, or have been told not to by a negative rho.
+    # This package's own climb, or were told not to by a negative rho.
     own = getattr(ascent.update, "__module__", "").startswith("msam_optax.")
     if not own and descends(ascent, params):
         raise ValueError(
@@ -179,5 +183,6 @@ def check_ascent(ascent: optax.GradientTransformation, params: Any) -> None:
             "goes against it, as a whole optimizer does: for optax.contrib.sam's "
             "adv_optimizer, chain(normalize(), sgd(rho)), give "
             "msam_optax.ascents.normalized(rho); else turn the sign, for instance by "
-            "optax.scale(-1) at the end of the chain."
+            "optax.scale(-1) at the end of the chain. To go down on purpose write it "
+            "as msam_optax.ascents.make(rho, perturb)."
         )

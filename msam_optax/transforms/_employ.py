@@ -42,10 +42,10 @@ def employ(
     r"""Runs `transform` where `policy` says so, and `otherwise` on the other steps.
 
     The step not taken costs nothing: the branches stand under ``lax.cond``, so a
-    gradient inside is computed only where it is used. Under ``vmap`` both branches
-    run, because there a ``cond`` becomes a ``select``; and on CPU a convolution's
-    gradient is very slow inside a ``cond``, which is what the ``dispatch`` of
-    :func:`msam_optax.make_train_step` is for.
+    gradient inside is computed only where it is used; outside of ``jit`` the decision
+    is read instead. Under ``vmap`` both branches run, because there a ``cond`` becomes
+    a ``select``; and on CPU a convolution's gradient is very slow inside a ``cond``,
+    which is what the ``dispatch`` of :func:`msam_optax.make_train_step` is for.
 
     With ``every(k)`` it equals :func:`optax.conditionally_transform` with
     ``lambda step: step % k == 0``; other policies see the gradients, which that one's
@@ -74,7 +74,8 @@ def employ(
     Raises:
       ValueError: if policy is not a :class:`msam_optax.policies.Policy`, transform no
         transformation or, without otherwise, a whole optimizer, or ``employed`` not a
-        bool.
+        bool; in ``update``, if the policy returns something else than a decision and
+        its state.
 
     >>> import jax, jax.numpy as jnp, msam_optax, optax
     >>> sam = msam_optax.sharpness_aware_gradient(msam_optax.ascents.normalized(0.1))
@@ -140,10 +141,10 @@ def employ(
 
         traced = any(isinstance(x, jax.core.Tracer) for x in (state.step, decision))
         if employed is None and not traced:
-            # Outside of jit, where a cond would be compiled anew at every step. Until
-            # the first one is employed, what it needs is asked for all the same.
+            # Outside of jit, where a cond would be compiled anew at every step. What
+            # the transformation needs is asked for all the same, once.
             employed = bool(decision)
-            if not (employed or state.employed_steps):
+            if not employed and state.step == 0:
                 jax.eval_shape(run, state.inner_state)
         if employed is None:
             new_updates, inner_state = jax.lax.cond(
@@ -172,9 +173,12 @@ def _decided(result: Any) -> tuple[jax.Array, Any]:
             f"scalar, but it returned {result!r}."
         )
     decision, state = result
-    if jnp.shape(decision) != ():
+    if jnp.shape(decision) != () or jnp.issubdtype(
+        jnp.result_type(decision), jnp.inexact
+    ):
         raise ValueError(
             "A policy's decision must be a boolean scalar, but it has shape "
-            f"{jnp.shape(decision)}: reduce it, for instance by jnp.any."
+            f"{jnp.shape(decision)} and dtype {jnp.result_type(decision)}: reduce it "
+            "by jnp.any, draw by a probability."
         )
     return jnp.asarray(decision, bool), state  # a policy may say True

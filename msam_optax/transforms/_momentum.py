@@ -96,7 +96,8 @@ def momentum_perturbation(
     Raises:
       ValueError: if neither or both of rho and ascent are given, rho is not a finite
         number or a schedule, or momentum_fn is given along the update; if ``init``
-        finds no momentum or several, or one on the wrong side; or if ``update`` gets
+        finds no momentum or several, one on the wrong side, or an ascent that goes
+        against the gradient; or if ``update`` gets
         no ``params``.
 
     >>> import jax, jax.numpy as jnp, msam_optax, optax

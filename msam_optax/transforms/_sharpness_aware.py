@@ -76,7 +76,8 @@ def sharpness_aware_gradient(
       ``clean_grad``, the updates are refused unless they are that gradient itself.
 
     Raises:
-      ValueError: if ascent is no transformation or combine no function; in ``update``,
+      ValueError: if ascent is no transformation or combine no function; by ``init``, if
+        the ascent goes against the gradient, as an optimizer does; in ``update``,
         if ``params`` or ``grad_fn`` is missing, ``grad_fn`` returns something else than
         a gradient like the updates, parameters are hidden, or the updates are not the
         clean gradient.

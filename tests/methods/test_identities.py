@@ -161,3 +161,8 @@ def test_decoupled_sharpness_refuses_what_it_would_undo():
     parts["train"] = mo.wsam(optax.sgd(0.1), learning_rate=0.1)
     optax.partition(parts, labels).init(params)  # around
     mo.wsam(optax.sgd(lambda step: 0.1 * step), learning_rate=0.1).init(params)
+    centered = optax.chain(optax.centralize(), optax.sgd(0.1))
+    mo.wsam(centered, learning_rate=0.1).init({"k": jnp.ones((2, 3)), "b": jnp.ones(3)})
+    every = optax.chain(optax.sgd(0.1), optax.apply_every(4))
+    with pytest.raises(ValueError, match="on some steps only"):
+        mo.wsam(every, learning_rate=0.1).init(params)

@@ -440,5 +440,5 @@ def test_examples_are_selected_where_all_of_the_batch_holds_them():
     tx = mo.esam(optax.sgd(0.1))
     state = mo.TrainState(jnp.ones(2), tx.init(jnp.ones(2)))
     batch = {"x": jnp.ones((16, 2)), "weights": jnp.ones(3)}
-    with pytest.raises(ValueError, match="no example"):
+    with pytest.raises(ValueError, match="what is no example"):
         mo.make_train_step(weighted, tx)(state, batch, None)

@@ -379,6 +379,7 @@ def test_outside_of_jit_nothing_is_compiled_at_a_step():
     [
         (lambda *args, **extra: jnp.asarray(True), "must return .decision, state."),
         (lambda *args, **extra: (jnp.ones(1, bool), ()), "shape .1,."),
+        (lambda *args, **extra: (jnp.asarray(0.1), ()), "dtype float32"),
         (
             lambda *args, **extra: ((), jnp.asarray(True)),
             "must return .decision, state.",
