@@ -80,6 +80,11 @@ def gain_against_cost(found: Sequence[Result]) -> Figure:
     return figure
 
 
+# Points below the coin beyond which a policy stands at the edge, as a number: to scale
+# it would hide the intervals of all others.
+_LOWEST = -3.5
+
+
 def policies(found: Mapping[str, Mapping[str, Sequence[Result]]]) -> Figure:
     """The second figure: each policy's gain over a coin, by task and share."""
     every = [own for shares in found.values() for own in shares.values()]
@@ -96,6 +101,11 @@ def policies(found: Mapping[str, Mapping[str, Sequence[Result]]]) -> Figure:
         for axes, (share, own) in zip(row, shares.items(), strict=False):
             for result in own:
                 mean, half = result.gain
+                if mean < _LOWEST:
+                    told = f"$\\leftarrow$ {mean:.1f}"
+                    at = _LOWEST, names.index(result.method)
+                    axes.annotate(told, at, color="C0", fontsize=8, va="center")
+                    continue
                 axes.errorbar(
                     mean,
                     names.index(result.method),
