@@ -167,7 +167,7 @@ def left_alone(
                 updates, state = transform.update(
                     gradient, state, start, grad_fn=lambda params: gradient, value=0.0
                 )
-            moved = [bool(np.any(x)) for x in jax.tree.leaves(updates)]
+            moved = [bool(np.any(x)) for x in jax.tree.leaves(updates) if jnp.size(x)]
     except Exception:  # it needs more than this, a value that is traced for instance
         return False
     return any(moved) and not all(moved)
