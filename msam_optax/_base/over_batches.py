@@ -84,6 +84,12 @@ def _add(total: Any, error: Any, tree: Any, weight: Any) -> tuple[Any, Any]:
     return sums, errors
 
 
+_ONE = (
+    "batches must be a list of batches, but a {} was given, {}: give [batch], or "
+    "list({}) if each is one."
+)
+
+
 def _weighted(data: Batches) -> Iterator[tuple[Any, float]]:
     """Each batch with its weight; tells `on_batch` when it is done."""
     batches, on_batch, weight_of = data
@@ -93,15 +99,10 @@ def _weighted(data: Batches) -> Iterator[tuple[Any, float]]:
             "is empty after the first pass: give a list, or an object whose __iter__ "
             "starts anew."
         )
-    one = isinstance(batches, tuple) and any(hasattr(x, "shape") for x in batches)
-    if one or isinstance(batches, Mapping):
-        kind, each = "tuple of arrays", "list(batches)"
-        if isinstance(batches, Mapping):
-            kind, each = "dict", "list(batches.values())"
-        raise ValueError(
-            f"batches must be a list of batches, but a {kind} was given, "
-            f"{described(batches)}: give [batch], or {each} if each is one."
-        )
+    if isinstance(batches, Mapping):
+        raise ValueError(_ONE.format("dict", described(batches), "batches.values()"))
+    if isinstance(batches, tuple) and any(hasattr(x, "shape") for x in batches):
+        raise ValueError(_ONE.format("tuple of arrays", described(batches), "batches"))
     empty, weights = True, 0.0
     for batch in batches:
         first, *_ = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)] or [()]

@@ -46,7 +46,11 @@ def microbatched(loss_fn: Callable[..., Any], microbatches: int) -> Callable[...
     def one(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[Any, Any]:
         losses, (model_state, aux) = loss_fn(params, model_state, batch, key)
         weight = losses.summed().weight if is_weighted(losses) else None
-        return mean_of(losses), (weight, model_state, jax.tree.map(_mean, summed(aux)))
+        return mean_of(losses), (
+            weight,
+            model_state,
+            jax.tree.map(_averaged, summed(aux)),
+        )
 
     def over_microbatches(
         function: Callable[..., Any], model_state: Any, batch: Any, key: Any
@@ -122,7 +126,7 @@ def _is_averaged(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def _mean(x: Any) -> Any:
+def _averaged(x: Any) -> Any:
     """An auxiliary output, a count for instance, in a dtype that has an average."""
     x = jnp.asarray(x)
     counts = jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool

@@ -129,12 +129,8 @@ def descends(transform: optax.GradientTransformationExtraArgs, params: Any) -> b
 
     def signs(sign: int) -> list[bool]:
         start, gradient = _tiny_like(params, 0), _tiny_like(params, sign)
-        state = transform.init(start)
-        for _ in range(2):
-            updates, state = transform.update(
-                gradient, state, start, grad_fn=lambda params: gradient, value=0.0
-            )
-        return [sign * float(jnp.sum(x)) < 0 for x in jax.tree.leaves(updates)]
+        updates = _second_updates(transform, start, gradient)
+        return [sign * float(jnp.sum(x)) < 0 for x in updates]
 
     try:
         with jax.ensure_compile_time_eval():
@@ -142,6 +138,18 @@ def descends(transform: optax.GradientTransformationExtraArgs, params: Any) -> b
     except Exception:  # it needs more than this, a value that is traced for instance
         return False
     return bool(found) and all(found)
+
+
+def _second_updates(
+    transform: optax.GradientTransformationExtraArgs, params: Any, gradient: Any
+) -> list[Any]:
+    """The leaves of the second step's updates, by the same gradient at each step."""
+    state = transform.init(params)
+    for _ in range(2):
+        updates, state = transform.update(
+            gradient, state, params, grad_fn=lambda params: gradient, value=0.0
+        )
+    return jax.tree.leaves(updates)
 
 
 def _tiny_like(params: Any, entry: float) -> Any:
@@ -162,12 +170,8 @@ def left_alone(
         with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
             # Entries that differ, or a gradient less its mean would be none.
             start, gradient = standing_in([1e-3]), standing_in([1.0, -0.5, 0.75, -0.25])
-            state = transform.init(start)
-            for _ in range(2):
-                updates, state = transform.update(
-                    gradient, state, start, grad_fn=lambda params: gradient, value=0.0
-                )
-            moved = [bool(np.any(x)) for x in jax.tree.leaves(updates) if jnp.size(x)]
+            updates = _second_updates(transform, start, gradient)
+            moved = [bool(np.any(x)) for x in updates if jnp.size(x)]
     except Exception:  # it needs more than this, a value that is traced for instance
         return False
     return any(moved) and not all(moved)

@@ -97,8 +97,7 @@ def momentum_perturbation(
       ValueError: if neither or both of rho and ascent are given, rho is not a finite
         number or a schedule, or momentum_fn is given along the update; if ``init``
         finds no momentum or several, one on the wrong side, or an ascent that goes
-        against the gradient; or if ``update`` gets
-        no ``params``.
+        against the gradient; or if ``update`` gets no ``params``.
 
     >>> import jax, jax.numpy as jnp, msam_optax, optax
     >>> tx = msam_optax.momentum_perturbation(optax.lion(1e-3), rho=0.1)
