@@ -35,13 +35,17 @@ def check_init(params: Any) -> None:
         )
 
 
-def _holds_state(tree: Any) -> bool:
-    if isinstance(tree, optax.GradientTransformation):
-        return True
-    kind = type(tree)
+def is_of_an_optimizer(node: Any) -> bool:
+    """Whether a node is an optimizer or one of its states, and no parameters."""
+    kind = type(node)
     theirs = kind.__module__.startswith(("optax.", "msam_optax."))
-    if theirs and hasattr(kind, "_fields"):
-        return kind.__name__.endswith("State")
+    state = theirs and hasattr(kind, "_fields") and kind.__name__.endswith("State")
+    return state or isinstance(node, optax.GradientTransformation)
+
+
+def _holds_state(tree: Any) -> bool:
+    if is_of_an_optimizer(tree):
+        return True
     children = jax.tree.leaves(tree, is_leaf=lambda x: x is not tree)
     return any(_holds_state(child) for child in children if child is not tree)
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from msam_optax._base.numerics import global_norm, statistics_dtype
-from msam_optax._base.trees import check_alive
+from msam_optax._base.trees import check_alive, is_of_an_optimizer
 from msam_optax.transforms._behind import check_placement
 from msam_optax.transforms._find_momentum import (
     add_momentum,
@@ -110,7 +110,11 @@ def _moved(name: str, state: Any, params: optax.Params, sign: int) -> optax.Para
         )
     check_placement(state)
     swapped = leaves_like(state, params) is not None
-    if state is None or _holds_optax_state(params) or swapped:
+    if (
+        state is None
+        or any(map(is_of_an_optimizer, find_states(params, tuple)))
+        or swapped
+    ):
         raise ValueError(
             f"{name}(state, params) needs an optimizer state first and its "
             f"parameters second, but {type(state).__name__} and "
@@ -187,16 +191,4 @@ def _is_state_dict(node: Any) -> bool:
     """Whether a node is a dictionary with the fields of a perturbed state."""
     return isinstance(node, dict) and any(
         node.keys() >= set(kind._fields[:2]) for kind in PERTURBED
-    )
-
-
-def _holds_optax_state(params: Any) -> bool:
-    return any(
-        isinstance(node, PERTURBED)
-        or (
-            (hasattr(node, "_fields") and type(node).__module__.startswith("optax."))
-            and not isinstance(node, optax.LookaheadParams)
-        )
-        for node in find_states(params, tuple)
-        if not isinstance(node, optax.MaskedNode)
     )
